@@ -1,0 +1,243 @@
+"""The engine: features of a batch → unique rows → mini-batches sorted by length → embeddings.
+
+A click log repeats its queries and documents, and its texts differ in length. Encoding every row in the order it came,
+padded to its neighbours, is mostly repeated work and padding. Here each distinct row of a tower is encoded once, in
+mini-batches of rows of about one length; the loss is then computed on unique rows (:mod:`st_fpsloss.objectives`).
+
+With ``cache_gradients`` (Gao et al. 2021, https://arxiv.org/abs/2101.06983) only as many mini-batches as a budget
+allows keep their graph; the others are embedded without one and once more in the backward pass, dropout replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from sentence_transformers.base.losses.gradcache import RandContext
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+
+from st_fpsloss.rows import Features, Rows
+
+# A mini-batch is closed early where more than this share would be padding...
+_MAX_PADDING = 0.05
+# ... unless it is so small, as a share of the token budget, that the call costs more than the padding.
+_MIN_FILL = 1 / 8
+
+Encoder = Callable[[Features], Features]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What there is to encode, and where each row of the batch will find its embedding.
+
+    Args:
+        mini_batches: the N distinct rows of the batch, all columns together, in mini-batches.
+        route_of: number of the tower of each mini-batch.
+        index: (columns, M) position of each row's embedding among the N; -1 where it is not needed.
+        keys: (N,) int64 identity of each distinct row, the same in every batch and process.
+    """
+
+    mini_batches: list[Rows]
+    route_of: list[int]
+    index: Tensor
+    keys: Tensor
+
+    @classmethod
+    def from_columns(
+        cls, parts: Sequence[Rows], needed: Sequence[Tensor | None], mini_batch_num_tokens: int
+    ) -> BatchPlan:
+        """Plan the encoding of a batch.
+
+        Args:
+            parts: the rows of each column.
+            needed: (M,) bool for each column, the rows that the loss will use; None for all.
+            mini_batch_num_tokens: tokens, padding included, of one mini-batch.
+        """
+        sizes = [len(rows) for rows in parts]
+        if len(set(sizes)) != 1:
+            raise ValueError(f"All columns of a batch need the same number of rows, but they have {sizes}.")
+        index = torch.full((len(parts), sizes[0]), -1, dtype=torch.int64, device=parts[0].lengths.device)
+        mini_batches: list[Rows] = []
+        route_of: list[int] = []
+        keys: list[Tensor] = []
+        num_rows = 0
+        for route, numbers in enumerate(_by_route(parts)):
+            wanted = [_positions(needed[number], sizes[0], index.device) for number in numbers]
+            stacked = Rows.stack(
+                [
+                    parts[number] if len(rows) == sizes[0] else parts[number].select(rows)
+                    for number, rows in zip(numbers, wanted, strict=True)
+                ]
+            )
+            first, inverse, row_keys = stacked.unique()
+            # A bag of tokens has neither padding nor activations, and the gradient of each call is a whole table.
+            batches = (
+                [torch.arange(len(first), device=first.device)]
+                if stacked.bag
+                else _sorted_mini_batches(stacked.lengths[first], mini_batch_num_tokens)
+            )
+            batches = [batch for batch in batches if len(batch)]
+            order = torch.cat(batches) if batches else first
+            position = torch.empty_like(order)
+            position[order] = torch.arange(len(order), device=order.device) + num_rows
+            for number, rows, found in zip(
+                numbers, wanted, position[inverse].split([len(w) for w in wanted]), strict=True
+            ):
+                index[number, rows] = found
+            mini_batches += [stacked.select(first[batch]) for batch in batches]
+            route_of += [route] * len(batches)
+            keys.append(row_keys[order])
+            num_rows += len(order)
+        return cls(mini_batches, route_of, index, torch.cat(keys))
+
+
+def encode(model: Encoder, plan: BatchPlan) -> Tensor:
+    """Embeddings (N, dim) of the distinct rows, with the graph of all of them if gradients are on."""
+    return torch.cat([_embed(model, rows) for rows in plan.mini_batches])
+
+
+class CachedEncoding:
+    """Embeddings as a leaf, and the second pass that carries its gradient into the encoders.
+
+    Args:
+        model: the encoders; wrapped in DistributedDataParallel or not.
+        plan: what to encode.
+        kept_num_tokens: mini-batches up to this many tokens, and the first of each tower in any case, keep their graph
+            and are not embedded a second time. (Under DistributedDataParallel none is kept.)
+
+    Example::
+
+        encoding = CachedEncoding(model, plan, kept_num_tokens=2048)
+        loss = objective(encoding.embeddings)        # any scalar of the leaf that leaves its gradient in .grad
+        loss = encoding.attach(loss)                       # loss.backward() now reaches the encoders
+    """
+
+    def __init__(self, model: Encoder, plan: BatchPlan, kept_num_tokens: int) -> None:
+        self._model = model
+        self._plan = plan
+        self._distributed = isinstance(model, DistributedDataParallel)
+        self._autocast = _AutocastState(plan.index.device.type)
+        self._kept: dict[int, Tensor] = {}  # number of the mini-batch -> embeddings with their graph
+        self._to_replay: dict[int, RandContext] = {}
+        parts: list[Tensor] = []
+        learns: dict[int, bool] = {}  # route -> whether its tower has anything to learn; its first mini-batch tells
+        for number, (rows, route) in enumerate(zip(plan.mini_batches, plan.route_of, strict=True)):
+            size = _num_tokens(rows)
+            with_graph = route not in learns or (learns[route] and not self._distributed and size <= kept_num_tokens)
+            random_state = RandContext(*rows.tensors.values())
+            # Autocast caches a cast weight with or without its graph, whichever comes first: no pass without one may.
+            with self._no_sync(), torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
+                embedded = _embed(model, rows)
+            learns.setdefault(route, embedded.requires_grad)
+            if embedded.requires_grad and not self._distributed:
+                self._kept[number] = embedded
+                kept_num_tokens -= size
+            elif learns[route]:
+                self._to_replay[number] = random_state
+            parts.append(embedded.detach())
+        self._sizes = [len(part) for part in parts]
+        self.embeddings = torch.cat(parts).requires_grad_(any(learns.values()))
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """The same loss, whose backward pass also sends the leaf's gradient through the encoders.
+
+        Whatever the outer backward multiplies the loss by (gradient accumulation, a loss scaler) reaches them too.
+        """
+        if not self.embeddings.requires_grad:
+            return loss
+        return _Attached.apply(loss if loss.requires_grad else loss.detach().requires_grad_(), self)
+
+    def backward(self, grad_output: Tensor) -> None:
+        """Backpropagate ``grad_output`` times the leaf's gradient, a mini-batch at a time."""
+        gradient = self.embeddings.grad
+        if gradient is None:
+            raise RuntimeError("The gradient cache is empty: a loss can be backpropagated once.")
+        self.embeddings.grad = None
+        gradients = (grad_output * gradient).split(self._sizes)
+        for number in list(self._kept):
+            torch.autograd.backward(self._kept.pop(number), gradients[number])
+        last: dict[int, int] = {}
+        if self._distributed:
+            # The reducer of DistributedDataParallel ends with the first backward that completes a bucket: gradients are
+            # accumulated locally, but for one mini-batch of each tower, which go together through one last backward.
+            last = {self._plan.route_of[number]: number for number in self._to_replay}
+        for number in self._to_replay:
+            if number not in last.values():
+                with self._no_sync():
+                    torch.autograd.backward(self._replay(number), gradients[number])
+        if last:
+            embedded = [self._replay(number) for number in last.values()]
+            torch.autograd.backward(embedded, [gradients[number] for number in last.values()])
+
+    def _replay(self, number: int) -> Tensor:
+        with self._to_replay[number], torch.enable_grad(), self._autocast.restored(cache=True):
+            return _embed(self._model, self._plan.mini_batches[number])
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, encoding: CachedEncoding) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.encoding = encoding
+        return loss.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        ctx.encoding.backward(grad_output)
+        return grad_output, None
+
+
+class _AutocastState:
+    """Autocast as it was at the forward pass, for a replay that runs in the backward pass, outside of it."""
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._enabled = torch.is_autocast_enabled(device_type)
+        self._dtype = torch.get_autocast_dtype(device_type)
+
+    def restored(self, cache: bool) -> AbstractContextManager[None]:
+        return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled, cache_enabled=cache)
+
+
+def _embed(model: Encoder, rows: Rows) -> Tensor:
+    return model(rows.features())["sentence_embedding"]
+
+
+def _num_tokens(rows: Rows) -> int:
+    return len(rows) * max(1, int(rows.lengths.max()))
+
+
+def _by_route(parts: Sequence[Rows]) -> Iterator[list[int]]:
+    """Numbers of the columns that go through one tower, for each tower."""
+    routes: dict[Hashable, list[int]] = {}
+    for number, rows in enumerate(parts):
+        routes.setdefault(rows.route, []).append(number)
+    yield from routes.values()
+
+
+def _positions(needed: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
+    return torch.arange(num_rows, device=device) if needed is None else needed.nonzero().flatten()
+
+
+def _sorted_mini_batches(lengths: Tensor, num_tokens: int) -> list[Tensor]:
+    """Cut rows, longest first (the most memory comes first), into mini-batches of at most ``num_tokens``."""
+    order = torch.argsort(lengths, descending=True, stable=True)
+    widths = lengths[order].clamp_min(1).tolist()
+    cuts: list[int] = []
+    begin, filled = 0, 0
+    for end, length in enumerate(widths):
+        padded = widths[begin] * (end + 1 - begin)
+        wasteful = padded - filled - length > _MAX_PADDING * padded
+        worth_a_call = padded - widths[begin] >= _MIN_FILL * num_tokens
+        if end > begin and (padded > num_tokens or (wasteful and worth_a_call)):
+            cuts.append(end)
+            begin, filled = end, 0
+        filled += length
+    return list(order.tensor_split(cuts)) if widths else []

@@ -1,0 +1,215 @@
+"""LossStateCallback: α, β and the other state of a loss, through everything that a training run does.
+
+sentence-transformers trains the parameters of a loss and then forgets them: checkpoints lack them, ranks do not agree on
+them, clipping does not reach them. This callback does the rest on the stock trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from st_fpsloss.distributed import world_size
+from st_fpsloss.losses.base import ClickLoss
+
+logger = logging.getLogger(__name__)
+
+
+class LossStateCallback(TrainerCallback, ExportableState):
+    """Saves, restores, clamps, averages over ranks and logs what a loss has learned.
+
+    - α, β and frequency tables are part of every checkpoint (in ``trainer_state.json``, which is written before a
+      checkpoint is pushed and before older ones are removed), are restored on resume, and by
+      ``load_best_model_at_end``.
+    - After each step α is brought back to at most ``max_scale``.
+    - With several processes, the gradients of α and β are averaged over ranks, as DistributedDataParallel does it for
+      the encoders; its ``find_unused_parameters`` is turned off, which two towers need.
+    - ``loss/alpha``, ``loss/temperature``, ``loss/beta`` and ``loss/alpha_grad`` are logged beside the training loss.
+
+    α uses the trainer's learning rate; ``learning_rate_mapping={"logit_scale": 1e-2}`` in the training arguments gives
+    it one of its own. It is never weight-decayed.
+
+    Args:
+        loss: the loss given to the trainer, or the dictionary of losses by data set.
+        max_grad_norm: clip the norm of the gradients of α and β together, which the trainer's own clipping does not
+            reach; None does not clip.
+
+    Raises:
+        ValueError: If ``loss`` is no loss of this package, or the run uses FSDP or DeepSpeed, or a checkpoint's state
+            belongs to another loss.
+
+    Example::
+
+        loss = FPSLoss(model)
+        trainer = SentenceTransformerTrainer(..., loss=loss, callbacks=[LossStateCallback(loss)])
+    """
+
+    def __init__(
+        self, loss: ClickLoss | Mapping[str, ClickLoss] | None = None, max_grad_norm: float | None = None
+    ) -> None:
+        losses = dict(loss) if isinstance(loss, Mapping) else {"": loss}
+        self._losses: dict[str, ClickLoss] = {}
+        for name, part in losses.items():
+            part = getattr(part, "loss", part)  # MatryoshkaLoss and its like hold the loss that they modify
+            if not isinstance(part, ClickLoss):
+                raise ValueError(
+                    f"`loss` must be a loss of st_fpsloss or a dictionary of them, got {type(part).__name__}. Pass the "
+                    "object that the trainer gets. (`restore_callback_states_from_checkpoint` rebuilds callbacks "
+                    "without it: leave it off, this callback restores the loss by itself.)"
+                )
+            part.has_state_callback = True
+            self._losses[name] = part
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm!r}.")
+        self._max_grad_norm = max_grad_norm
+        self._last_gradient: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint's ``trainer_state.json``."""
+        return {
+            "args": {},
+            "attributes": {"losses": {name: loss.export_state() for name, loss in self._losses.items()}},
+        }
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check the setting, and choose what DistributedDataParallel needs."""
+        if args.deepspeed or args.fsdp:
+            raise ValueError(
+                "The losses of st_fpsloss support one process and DistributedDataParallel. FSDP and DeepSpeed shard the "
+                "encoders that a loss replays and do not reduce the loss's own parameters; train without "
+                f"{'`deepspeed`' if args.deepspeed else '`fsdp`'}."
+            )
+        if args.ddp_find_unused_parameters is None:
+            # Two towers reach the reducer twice otherwise: "marked ready only once".
+            args.ddp_find_unused_parameters = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore what the checkpoint holds that the run resumes from."""
+        if state.global_step == 0:
+            return
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        if stored is None:
+            logger.warning(
+                "The checkpoint has no state of the loss: it was saved without LossStateCallback. α starts again at "
+                "%s, and frequencies are counted anew.",
+                ", ".join(f"{loss.alpha:.4g}" for loss in self._losses.values()),
+            )
+            return
+        self._restore(stored)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Average the gradients of α and β over ranks, then clip them."""
+        parameters = [parameter for loss in self._losses.values() for parameter in loss.scale_and_bias.parameters()]
+        _average_gradients(parameters)
+        if self._max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        for name, loss in self._losses.items():
+            gradient = loss.logit_scale.grad
+            if gradient is not None:  # by α, not by log α that the optimizer sees
+                self._last_gradient[name] = gradient.item() / loss.alpha
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring α back to its bound."""
+        for loss in self._losses.values():
+            loss.clamp_()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add α and β to the entries of the training loss."""
+        if logs is None or "loss" not in logs:
+            return
+        for name, loss in self._losses.items():
+            prefix = f"loss/{name}/" if name else "loss/"
+            values = {"alpha": loss.alpha, "temperature": loss.temperature, "beta": loss.beta}
+            if name in self._last_gradient:
+                values["alpha_grad"] = self._last_gradient[name]
+            entries = {prefix + key: value for key, value in values.items()}
+            logs.update(entries)
+            if state.log_history:
+                state.log_history[-1].update(entries)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After ``load_best_model_at_end``, give the loss the α of that step too."""
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
+        stored = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"].get(type(self).__name__)
+        if stored is not None:
+            self._restore(stored)
+
+    def _restore(self, stored: dict[str, Any]) -> None:
+        states = stored["attributes"]["losses"]
+        if set(states) != set(self._losses):
+            raise ValueError(
+                f"The checkpoint holds the state of the losses {sorted(states)}, `loss` has {sorted(self._losses)}. "
+                "Resume with the losses that the run was started with."
+            )
+        for name, loss in self._losses.items():
+            loss.import_state(states[name])
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Mean over ranks; a rank without a gradient counts as 0, a parameter that no rank has one for stays without."""
+    if world_size() == 1:
+        return
+    nothing = torch.zeros_like(parameters[0])
+    gradients = [nothing if parameter.grad is None else parameter.grad for parameter in parameters]
+    held = [nothing if parameter.grad is None else nothing + 1 for parameter in parameters]
+    packed = torch.stack([*gradients, *held])
+    dist.all_reduce(packed)
+    sums, holders = packed.split(len(parameters))
+    for parameter, total, holder in zip(parameters, sums, holders, strict=True):
+        parameter.grad = total / world_size() if holder > 0 else None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint in ``output_dir`` that was written to its end, or None.
+
+    A run that is killed while it saves leaves a broken newest folder, on which ``resume_from_checkpoint=True`` fails.
+
+    Args:
+        output_dir: the training arguments' ``output_dir``.
+
+    Returns:
+        Path for ``trainer.train(resume_from_checkpoint=...)``.
+    """
+    numbered = []
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = folder.name.rpartition("-")[2]
+        if step.isdecimal() and _is_complete(folder):
+            numbered.append((int(step), folder))
+    return str(max(numbered)[1]) if numbered else None
+
+
+def _is_complete(folder: Path) -> bool:
+    # The trainer writes this file last; cut off, it does not parse.
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""One batch over several processes: clicks and embeddings of all ranks, with exact gradients.
+
+Every rank learns its own positives against the documents of all ranks. Its loss is its share of the global mean times
+the number of ranks, so that the mean over ranks that DistributedDataParallel takes of the encoders' gradients (and
+:class:`st_fpsloss.LossStateCallback` of α's) is the gradient of one process with the whole batch, up to no factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from st_fpsloss.click_batch import ClickBatch
+from st_fpsloss.rows import first_of_each
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How to come from one rank's unique embeddings to those of all ranks.
+
+    Args:
+        sizes: number of rows that each rank sends, its queries before its documents.
+        query_rows: (A,) position of each unique query of the global batch among all that was sent.
+        document_rows: (B,) position of each unique document.
+    """
+
+    sizes: list[int]
+    query_rows: Tensor
+    document_rows: Tensor
+
+    def gather(self, queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+        """Unique queries and documents of the global batch: one gather forward, one reduction backward."""
+        rows = _GatherRows.apply(torch.cat([queries, documents]), self.sizes)
+        return rows[self.query_rows], rows[self.document_rows]
+
+
+def gather_clicks(batch: ClickBatch) -> tuple[ClickBatch, Exchange]:
+    """The batch of all ranks, rows in the order of ranks, and the way to its embeddings.
+
+    Queries and documents that repeat on another rank are one row of the global batch, known by their keys.
+    """
+    ranks = [_unpack(packed) for packed in _gather_varying(_pack(batch))]
+    num_queries = [len(rank.query_keys) for rank in ranks]
+    num_documents = [len(rank.document_keys) for rank in ranks]
+    sizes = [sum(pair) for pair in zip(num_queries, num_documents, strict=True)]
+    starts = [sum(sizes[:rank]) for rank in range(len(ranks))]
+
+    query_keys, query_rows, queries = _merge(
+        [rank.query_keys for rank in ranks], [rank.query for rank in ranks], starts
+    )
+    document_keys, document_rows, documents = _merge(
+        [rank.document_keys for rank in ranks],
+        [rank.document for rank in ranks],
+        [start + offset for start, offset in zip(starts, num_queries, strict=True)],
+    )
+    num_rows = [len(rank.relevance) for rank in ranks]
+    first = sum(num_rows[: dist.get_rank()])
+    merged = ClickBatch(
+        query=torch.cat(queries),
+        document=torch.cat(documents, dim=1),
+        relevance=torch.cat([rank.relevance for rank in ranks]).to(batch.relevance.dtype),
+        query_keys=query_keys,
+        document_keys=document_keys,
+        own=slice(first, first + num_rows[dist.get_rank()]),
+    )
+    return merged, Exchange(sizes, query_rows, document_rows)
+
+
+def gather_counts(keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts (N,) by distinct keys (N,), summed over ranks."""
+    if world_size() == 1:
+        return keys, counts
+    gathered = torch.cat(_gather_varying(torch.stack([keys, counts], dim=1)))
+    merged, inverse = torch.unique(gathered[:, 0], return_inverse=True)
+    return merged, torch.zeros_like(merged).index_add_(0, inverse, gathered[:, 1])
+
+
+def _merge(keys: list[Tensor], numbers: list[Tensor], starts: list[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Unique keys over ranks, where the first row of each was sent from, and each rank's numbers in terms of them."""
+    unique_keys, inverse = torch.unique(torch.cat(keys), return_inverse=True)
+    sent = torch.cat(
+        [torch.arange(start, start + len(part), device=part.device) for start, part in zip(starts, keys, strict=True)]
+    )
+    of_rank = inverse.split([len(part) for part in keys])
+    missing = inverse.new_tensor([-1])  # found at the index -1
+    renumbered = [torch.cat([new, missing])[old] for new, old in zip(of_rank, numbers, strict=True)]
+    return unique_keys, sent[first_of_each(inverse)], renumbered
+
+
+def _pack(batch: ClickBatch) -> Tensor:
+    """Everything about the clicks as one int64 vector, so that one collective carries it."""
+    sizes = [len(batch.relevance), len(batch.document), len(batch.query_keys), len(batch.document_keys)]
+    # float32 bits, since some accelerators have no float64.
+    relevance = batch.relevance.float().view(torch.int32).long()
+    parts = [batch.query, batch.document.flatten(), relevance, batch.query_keys, batch.document_keys]
+    return torch.cat([batch.query.new_tensor(sizes), *parts])
+
+
+def _unpack(packed: Tensor) -> ClickBatch:
+    num_rows, num_columns, num_queries, num_documents = packed[:4].tolist()
+    query, document, relevance, query_keys, document_keys = packed[4:].split(
+        [num_rows, num_columns * num_rows, num_rows, num_queries, num_documents]
+    )
+    return ClickBatch(
+        query=query,
+        document=document.view(num_columns, num_rows),
+        relevance=relevance.int().view(torch.float32),
+        query_keys=query_keys,
+        document_keys=document_keys,
+    )
+
+
+def _gather_varying(rows: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
+    """Tensors of all ranks that differ in their first dimension: sizes first, then padded to the largest."""
+    if sizes is None:
+        counts = [rows.new_zeros(1, dtype=torch.int64) for _ in range(world_size())]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        sizes = [int(count) for count in counts]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [part[:size] for part, size in zip(gathered, sizes, strict=True)]
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.sizes = sizes
+        return torch.cat(_gather_varying(rows, sizes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.sizes)[dist.get_rank()], None

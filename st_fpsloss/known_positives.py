@@ -1,0 +1,64 @@
+"""Positives of the whole log: documents that a query is known to want are no negatives, wherever they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from st_fpsloss.rows import row_keys
+
+
+class KnownPositives:
+    """Pairs (query, document) by the keys of their encoded rows.
+
+    Args:
+        model: the model whose towers preprocess the inputs.
+        positives: query -> documents, or, for inputs that are dicts, an iterable of (query, document).
+        prompts: the trainer's prompts for the two sides, by ``"query"`` and ``"document"``.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]],
+        prompts: Mapping[str, str] | None = None,
+    ) -> None:
+        if isinstance(positives, Mapping):
+            pairs = [(query, document) for query, documents in positives.items() for document in documents]
+        else:
+            pairs = list(positives)
+        if not pairs:
+            raise ValueError("`known_positives` is empty. Pass None to mask the positives of the batch alone.")
+        prompts = prompts or {}
+        queries, documents = (
+            row_keys(model, [pair[side] for pair in pairs], task, prompts.get(task)).cpu().numpy()
+            for side, task in enumerate(("query", "document"))
+        )
+        order = np.argsort(queries, kind="stable")
+        self._queries, self._documents = queries[order], documents[order]
+
+    def cells(self, query_keys: Tensor, document_keys: Tensor) -> Tensor:
+        """Known positives among a batch, O(positives of its queries).
+
+        Args:
+            query_keys: (A,) int64 keys of the batch's unique queries.
+            document_keys: (B,) int64 keys of its unique documents.
+
+        Returns:
+            (2, K) numbers of the query and of the document of each.
+        """
+        queries, documents = query_keys.cpu().numpy(), document_keys.cpu().numpy()
+        begin = np.searchsorted(self._queries, queries, side="left")
+        count = np.searchsorted(self._queries, queries, side="right") - begin
+        query = np.repeat(np.arange(len(queries)), count)
+        entry = np.arange(count.sum()) + np.repeat(begin - (count.cumsum() - count), count)
+        order = np.argsort(documents)
+        found = np.searchsorted(documents, self._documents[entry], sorter=order).clip(max=len(documents) - 1)
+        document = order[found]
+        present = documents[document] == self._documents[entry]
+        return torch.as_tensor(np.stack([query[present], document[present]]), device=query_keys.device)

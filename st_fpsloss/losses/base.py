@@ -1,0 +1,424 @@
+"""What all losses share: the model and its columns, α and β, relevance, and the way through the encoding engine."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from st_fpsloss.batch_encoding import BatchPlan, CachedEncoding, encode
+from st_fpsloss.click_batch import ClickBatch, Relevance
+from st_fpsloss.distributed import Exchange, gather_clicks, world_size
+from st_fpsloss.rows import Features, Rows, first_of_each
+
+logger = logging.getLogger(__name__)
+
+Similarity = Literal["dot", "cosine"]
+
+# Padded tokens a mini-batch. A CPU is as fast at 2048 as at 16384 and needs an eighth of the memory.
+_NUM_TOKENS_CPU = 2048
+_NUM_TOKENS_ACCELERATOR = 32768
+
+
+class ScaleAndBias(nn.Module):
+    """Holds log α and β.
+
+    A module of its own for its name in the loss: transformers exempts parameters from weight decay by name, and
+    ``scale_and_bias.logit_scale`` contains "bias" where a bare ``logit_scale`` would be decayed.
+    """
+
+    def __init__(self, scale: float, bias: float, learn_scale: bool, learn_bias: bool) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
+        self.logit_bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn_bias)
+
+
+class ClickLoss(nn.Module, ABC):
+    """Base of the losses on click logs: columns query, document, any number of negative documents, and a label r.
+
+    A subclass says what is to be learned from unique embeddings (:meth:`objective`) and which rows it needs
+    (:meth:`needed_rows`); encoding them, once each, is done here.
+    """
+
+    uses_gradient_cache: bool
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        scale: float | None,
+        bias: float,
+        learn_scale: bool,
+        learn_bias: bool,
+        max_scale: float,
+        relevance: Relevance,
+        similarity: Similarity | None,
+        mini_batch_num_tokens: int | None,
+        cache_gradients: bool,
+        gather_across_devices: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.similarity = _similarity_of(model, similarity)
+        scale = (1 / 0.07 if self.similarity == "cosine" else 1.0) if scale is None else scale
+        if not 0 < scale <= max_scale:
+            raise ValueError(f"`scale` must be above 0 and at most `max_scale` = {max_scale}, got {scale!r}.")
+        check_choice("relevance", relevance, ("mask", "weight"))
+        if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
+            raise ValueError(f"`mini_batch_num_tokens` must be at least 1 or None, got {mini_batch_num_tokens!r}.")
+        self.max_scale = max_scale
+        self.relevance = relevance
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.cache_gradients = self.uses_gradient_cache = cache_gradients
+        self.gather_across_devices = gather_across_devices
+        self.scale_and_bias = ScaleAndBias(scale, bias, learn_scale, learn_bias)
+        self.has_state_callback = False  # LossStateCallback sets it
+        self._routes_by_task = any(
+            isinstance(module, Router) and {"query", "document"} <= set(module.sub_modules)
+            for module in model.children()
+        )
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """The parameter log α."""
+        return self.scale_and_bias.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter:
+        """The parameter β."""
+        return self.scale_and_bias.logit_bias
+
+    @property
+    def alpha(self) -> float:
+        """α, what the similarities are multiplied by."""
+        return self.logit_scale.detach().exp().item()
+
+    @property
+    def beta(self) -> float:
+        """β, what is added to the scaled similarities."""
+        return self.logit_bias.item()
+
+    @property
+    def temperature(self) -> float:
+        """1/α."""
+        return 1 / self.alpha
+
+    @abstractmethod
+    def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
+        """The loss (a scalar) of unique embeddings (A, dim) and (B, dim) under the clicks of a batch."""
+
+    def needed_rows(self, relevance: Tensor, num_columns: int) -> list[Tensor | None]:
+        """For each column, the (M,) bool rows whose embeddings the loss uses; None for all."""
+        return [None] * num_columns
+
+    def observe(self, batch: ClickBatch) -> ClickBatch:
+        """Add to a batch what the loss knows of its rows from elsewhere (log Q, known positives)."""
+        return batch
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch as the trainer collates it.
+
+        Args:
+            sentence_features: one dictionary a column: query, document, negative documents.
+            labels: (M,) relevance of each row, or None if every row is a click.
+
+        Returns:
+            Scalar loss.
+
+        Raises:
+            ValueError: If there are fewer than two columns, a column goes to the wrong tower, or the labels are not
+                one finite number a row.
+        """
+        columns = [Rows.from_features(features) for features in sentence_features]
+        self._check_columns(columns)
+        self._check_setting()
+        self.clamp_()
+        relevance = check_relevance(labels, len(columns[0]), columns[0].lengths.device, torch.float32)
+        num_tokens = self._num_tokens(relevance.device)
+        needed = self.needed_rows(relevance, len(columns))
+        if world_size() > 1:
+            needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
+        plan = BatchPlan.from_columns(columns, needed, num_tokens)
+        clicks = EncodedClicks.from_plan(plan, relevance)
+        if self._gathers:
+            clicks = clicks.gathered()
+        clicks = replace(clicks, batch=self.observe(clicks.batch))
+        if self.cache_gradients and torch.is_grad_enabled():
+            encoding = CachedEncoding(self.model, plan, kept_num_tokens=num_tokens)
+            return encoding.attach(self.calculate_loss([[encoding.embeddings]], clicks, with_backward=True))
+        return self.calculate_loss([[encode(self.model, plan)]], clicks)
+
+    def calculate_loss(self, reps: list[list[Tensor]], clicks: EncodedClicks, *, with_backward: bool = False) -> Tensor:
+        """The loss of encoded rows; the seam at which sentence-transformers' MatryoshkaLoss truncates cached ones.
+
+        Args:
+            reps: the (N, dim) embeddings of the batch's distinct rows, in a list of one list.
+            clicks: where each query and document finds its embedding, and who clicked what.
+            with_backward: fill in the embeddings' ``.grad``, and return a loss whose graph holds α and β alone, so
+                that whatever multiplies the loss multiplies their gradients.
+        """
+        ((embeddings,),) = reps
+        queries, documents = embeddings[clicks.query_rows], embeddings[clicks.document_rows]
+        loss = self._loss(queries, documents, clicks.batch, clicks.exchange)
+        if not with_backward or not embeddings.requires_grad:
+            return loss
+        learned = [parameter for parameter in self.scale_and_bias.parameters() if parameter.requires_grad]
+        embeddings.grad, *gradients = torch.autograd.grad(loss, [embeddings, *learned], allow_unused=True)
+        return _WithGradients.apply(loss.detach(), gradients, *learned)
+
+    def compute_loss_from_embeddings(
+        self,
+        embeddings: Sequence[Tensor],
+        labels: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        document_log_q: Tensor | None = None,
+        query_log_q: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ready embeddings.
+
+        Args:
+            embeddings: (M, dim) tensors in the order of the columns: query, document, negative documents.
+            labels: (M,) relevance r; None if every row is a click.
+            query_ids: (M,) int64, equal for equal queries; None if all are different. Rows with one id share one
+                embedding, that of the first, which receives the sum of their gradients.
+            document_ids: (columns - 1, M) int64, likewise, over all document columns.
+            document_log_q: (columns - 1, M) log probability that one draw of a column is this document.
+            query_log_q: (M,) the same for queries.
+
+        Returns:
+            Scalar loss.
+
+        Raises:
+            ValueError: If there are fewer than two columns, or a shape does not fit.
+        """
+        _check_embeddings(embeddings)
+        num_rows, num_documents = len(embeddings[0]), len(embeddings) - 1
+        device = embeddings[0].device
+        dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
+        relevance = check_relevance(labels, num_rows, device, dtype)
+        queries, query, query_keys = _unique_by_id(embeddings[:1], query_ids, "query_ids")
+        documents, document, document_keys = _unique_by_id(embeddings[1:], document_ids, "document_ids")
+        check_shape("document_log_q", document_log_q, (num_documents, num_rows))
+        check_shape("query_log_q", query_log_q, (num_rows,))
+        batch = ClickBatch(query[0], document, relevance, query_keys, document_keys, query_log_q, document_log_q)
+        if not self._gathers:
+            return self._loss(queries, documents, batch)
+        return self._loss(queries, documents, *gather_clicks(batch))
+
+    def _loss(self, queries: Tensor, documents: Tensor, batch: ClickBatch, exchange: Exchange | None = None) -> Tensor:
+        if self.similarity == "cosine":
+            queries, documents = normalize(queries, dim=-1), normalize(documents, dim=-1)
+        if exchange is None:
+            return self.objective(queries, documents, batch)
+        queries, documents = exchange.gather(queries, documents)
+        return self.objective(queries, documents, batch) * world_size()
+
+    @property
+    def _gathers(self) -> bool:
+        return self.gather_across_devices and world_size() > 1
+
+    def clamp_(self) -> None:
+        """Bring α back to at most ``max_scale`` (CLIP's bound), which an optimizer step may have overshot."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=math.log(self.max_scale))
+
+    def export_state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold of the loss, as plain values that JSON keeps exactly."""
+        return {
+            "class": type(self).__name__,
+            "logit_scale": self.logit_scale.item(),
+            "logit_bias": self.logit_bias.item(),
+        }
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`export_state` gave.
+
+        Raises:
+            ValueError: If it is the state of another kind of loss.
+        """
+        if state["class"] != type(self).__name__:
+            raise ValueError(
+                f"The checkpoint holds the state of a {state['class']}, not of a {type(self).__name__}. Resume with "
+                "the loss that the run was started with, or start a new run from the checkpoint's model."
+            )
+        with torch.no_grad():
+            self.logit_scale.fill_(state["logit_scale"])
+            self.logit_bias.fill_(state["logit_bias"])
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings for the model card."""
+        return {
+            "scale": round(self.alpha, 4),
+            "learn_scale": self.logit_scale.requires_grad,
+            "max_scale": self.max_scale,
+            "relevance": self.relevance,
+            "similarity": self.similarity,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+            "cache_gradients": self.cache_gradients,
+            "gather_across_devices": self.gather_across_devices,
+        }
+
+    def _num_tokens(self, device: torch.device) -> int:
+        default = _NUM_TOKENS_CPU if device.type == "cpu" else _NUM_TOKENS_ACCELERATOR
+        return self.mini_batch_num_tokens or default
+
+    def _check_setting(self) -> None:
+        if isinstance(self.model, DistributedDataParallel) and self.model.find_unused_parameters:
+            raise ValueError(
+                "Two towers need `ddp_find_unused_parameters=False` in the training arguments (LossStateCallback sets "
+                "it); freeze parameters that no tower uses with `freeze_unused_parameters(model)`."
+            )
+        if self.training and self.logit_scale.requires_grad and not self.has_state_callback:
+            self.has_state_callback = True  # warn once
+            logger.warning(
+                "α is learned, but nothing saves it: add `callbacks=[LossStateCallback(loss)]` to the trainer, or pass "
+                "`learn_scale=False`. Without the callback a resumed run starts again from the first α."
+            )
+
+    def _check_columns(self, columns: Sequence[Rows]) -> None:
+        if len(columns) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs at least the columns query and document, but the data set has "
+                f"{len(columns)} input column(s)."
+            )
+        if not self._routes_by_task:
+            return
+        for number, rows in enumerate(columns):
+            task, wanted = rows.metadata.get("task"), "document" if number else "query"
+            if task != wanted:
+                raise ValueError(
+                    f"Input column {number + 1} goes to the tower {task!r}, but {type(self).__name__} takes it as a "
+                    f"{wanted}. Set `router_mapping` in the training arguments so that the first column maps to "
+                    '"query" and every other one to "document", and check the order of the columns.'
+                )
+
+
+@dataclass(frozen=True)
+class EncodedClicks:
+    """The clicks of a batch, and the rows of this process's embeddings where its unique queries and documents are."""
+
+    batch: ClickBatch
+    query_rows: Tensor
+    document_rows: Tensor
+    exchange: Exchange | None = None
+
+    @classmethod
+    def from_plan(cls, plan: BatchPlan, relevance: Tensor) -> EncodedClicks:
+        """Number the queries and the documents of a batch, each from 0."""
+        query_rows, query = _renumber(plan.index[0])
+        document_rows, document = _renumber(plan.index[1:])
+        batch = ClickBatch(query, document, relevance, plan.keys[query_rows], plan.keys[document_rows])
+        return cls(batch, query_rows, document_rows)
+
+    def gathered(self) -> EncodedClicks:
+        """The clicks of all processes, over this one's rows."""
+        batch, exchange = gather_clicks(self.batch)
+        return replace(self, batch=batch, exchange=exchange)
+
+
+def _at_least_one(needed: Tensor | None) -> Tensor | None:
+    """DistributedDataParallel waits for every tower on every rank: a batch must not skip one."""
+    if needed is None or bool(needed.any()):
+        return needed
+    needed = needed.clone()
+    needed[0] = True
+    return needed
+
+
+def _renumber(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct entries of ``index`` that are not -1, and ``index`` in numbers of them."""
+    held = index >= 0
+    rows, number = torch.unique(index[held], return_inverse=True)
+    numbers = torch.full_like(index, -1)
+    numbers[held] = number
+    return rows, numbers
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss with the gradients of its parameters ready: backward multiplies them by what comes in."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: list[Tensor | None], *parameters: nn.Parameter) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        scaled = (None if gradient is None else grad_output * gradient for gradient in ctx.gradients)
+        return (None, None, *scaled)
+
+
+def _similarity_of(model: SentenceTransformer, similarity: Similarity | None) -> Similarity:
+    name = model.similarity_fn_name if similarity is None else similarity
+    if name not in ("dot", "cosine"):
+        raise ValueError(
+            f"`similarity` must be 'dot' or 'cosine', got {name!r}. Pass one of them, or set the model's "
+            "`similarity_fn_name`, which is what `similarity=None` takes."
+        )
+    return name
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if a tensor is given and does not have the shape."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def check_relevance(labels: Tensor | None, num_rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Relevance (M,) of a batch's rows: the labels, or 1 for every row.
+
+    Raises:
+        ValueError: If there is not one finite number a row.
+    """
+    if labels is None:
+        return torch.ones(num_rows, device=device, dtype=dtype)
+    if tuple(labels.shape) != (num_rows,):
+        raise ValueError(
+            f"`label` must hold one number a row, shape ({num_rows},), but has the shape {tuple(labels.shape)}."
+        )
+    if not bool(torch.isfinite(labels).all()):
+        row = int((~torch.isfinite(labels)).nonzero()[0])
+        raise ValueError(
+            f"`label` must be finite, but row {row} of the batch has {labels[row].item()}. Drop such rows, or give "
+            "them a relevance: above 0 for a positive, 0 or below for a document that was shown and not clicked."
+        )
+    return labels.to(device=device, dtype=dtype)
+
+
+def _check_embeddings(embeddings: Sequence[Tensor]) -> None:
+    if len(embeddings) < 2:
+        raise ValueError(f"`embeddings` needs at least queries and documents, got {len(embeddings)} tensor(s).")
+    shapes = [tuple(tensor.shape) for tensor in embeddings]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        raise ValueError(f"`embeddings` must all have one shape (M, dim), got {shapes}.")
+
+
+def _unique_by_id(columns: Sequence[Tensor], ids: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct rows (U, dim) of some columns, the number (columns, M) of each row among them, and their ids (U,)."""
+    rows = torch.cat(list(columns))
+    shape = (len(columns), len(columns[0]))
+    if ids is None:
+        number = torch.arange(len(rows), device=rows.device)
+        return rows, number.view(shape), number
+    check_shape(name, ids, shape if name == "document_ids" else shape[1:])
+    keys, number = torch.unique(ids.to(rows.device).flatten(), return_inverse=True)
+    return rows[first_of_each(number)], number.view(shape), keys

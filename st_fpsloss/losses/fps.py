@@ -1,0 +1,227 @@
+"""FPSLoss: the full product softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from st_fpsloss.click_batch import ClickBatch, Direction, Duplicates, LogQ, Relevance
+from st_fpsloss.distributed import gather_counts
+from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.known_positives import KnownPositives
+from st_fpsloss.losses.base import ClickLoss, Similarity, check_choice
+from st_fpsloss.objectives import full_product_softmax
+
+
+class FPSLoss(ClickLoss):
+    """Full product softmax: every document of the batch is a negative for every other query.
+
+    Given clicks (query, document, relevance r), each query should tell its document from all other documents of the
+    batch:
+
+    ``L = -1[r>0]ᵀ log diag softmax(α U Wᵀ + β)``, divided by the number of rows with r > 0,
+
+    with U and W the query and document embeddings. The scale α (an inverse temperature) is learned; a scalar β cancels
+    in a softmax, its exact gradient is 0, and it stays exactly where it starts.
+
+    A click log repeats its queries and documents. Each distinct one is encoded once a batch and the loss is computed on
+    distinct rows, with the same value and gradients.
+
+    Args:
+        model: a two-tower model, as :func:`st_fpsloss.two_tower` makes it, or any SentenceTransformer.
+        scale: start of α; None for 1/0.07 with cosine and 1 with dot product.
+        bias: start of β.
+        learn_scale: learn α. On a small log a learned α can grow past what ranks best, for it minimises the training
+            loss; compare it with a fixed one on validation.
+        learn_bias: leave β a parameter. It has no effect in a softmax.
+        max_scale: bound of α.
+        directions: ``"query_to_doc"``, ``"doc_to_query"`` (the softmax over queries), or both: their mean.
+        relevance: ``"mask"``: every row with r > 0 counts the same; ``"weight"``: a row's loss is weighted by r. A row
+            with r ≤ 0 is no positive; its document is a negative of the other queries, and of its own.
+        duplicates: ``"mask"``: a document that is a positive of the row's query anywhere in the batch is no negative of
+            that row; ``"keep"``: the formula to the letter, which for a query with several positives is the
+            multi-positive softmax.
+        log_q: correct for in-batch negatives being drawn by popularity: ``"standard"`` subtracts log Q from every
+            column (Yi et al. 2019), ``"corrected"`` from the negatives alone (arXiv 2507.09331; needs
+            ``duplicates="mask"``), None does not correct. On a log where a few documents have most of the clicks, this
+            decides about the quality of the ranking.
+        frequencies: tables of how often rows occur, by ``"query"`` and ``"document"``; None counts during training.
+        known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
+            no negatives of that query in any batch; needs ``duplicates="mask"``.
+        similarity: ``"dot"`` or ``"cosine"``; None takes the model's ``similarity_fn_name``. With cosine the loss
+            normalises the embeddings itself.
+        mini_batch_num_tokens: padded tokens encoded at a time; None for 2048 on a CPU and 32768 on an accelerator.
+        cache_gradients: embed mini-batches without a graph first and once more in the backward pass, so that memory
+            does not grow with the batch (GradCache). About a third slower, with the same gradients.
+        gather_across_devices: with several processes, let the documents of all of them be negatives.
+
+    Requirements:
+        1. Columns query, document and, if any, negative documents, in this order; with a two-tower model
+           ``router_mapping`` says which is which.
+        2. :class:`st_fpsloss.LossStateCallback` in the trainer, so that α is saved, resumed and logged.
+
+    Inputs:
+        +-------------------------------------------------+---------------------+
+        | Inputs                                          | Labels              |
+        +=================================================+=====================+
+        | (query, document) clicks                        | none, or relevance  |
+        +-------------------------------------------------+---------------------+
+        | (query, document, negative_1, ..., negative_n)  | none, or relevance  |
+        +-------------------------------------------------+---------------------+
+
+    Relations:
+        - ``MultipleNegativesRankingLoss`` is this loss with a fixed scale, every row encoded, and duplicates kept.
+
+    Raises:
+        ValueError: If an argument is none of its choices, or two do not go together.
+
+    Example:
+        >>> from st_fpsloss import FPSLoss, Tower, two_tower
+        >>> from st_fpsloss.towers import id_embedding
+        >>> model = two_tower(Tower(id_embedding(["red", "blue"], 8)), Tower(id_embedding(["rose", "sky"], 8)))
+        >>> loss = FPSLoss(model)
+        >>> queries = model.preprocess(["red", "blue"], task="query")
+        >>> documents = model.preprocess(["rose", "sky"], task="document")
+        >>> loss([queries, documents]).backward()
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | None = None,
+        bias: float = 0.0,
+        learn_scale: bool = True,
+        learn_bias: bool = True,
+        max_scale: float = 100.0,
+        directions: Sequence[Direction] = ("query_to_doc",),
+        relevance: Relevance = "mask",
+        duplicates: Duplicates = "mask",
+        log_q: LogQ | None = None,
+        frequencies: Mapping[str, FrequencyTable] | None = None,
+        known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None = None,
+        similarity: Similarity | None = None,
+        mini_batch_num_tokens: int | None = None,
+        cache_gradients: bool = False,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            scale=scale,
+            bias=bias,
+            learn_scale=learn_scale,
+            learn_bias=learn_bias,
+            max_scale=max_scale,
+            relevance=relevance,
+            similarity=similarity,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            cache_gradients=cache_gradients,
+            gather_across_devices=gather_across_devices,
+        )
+        self.directions = _check_directions(directions)
+        check_choice("duplicates", duplicates, get_args(Duplicates))
+        check_choice("log_q", log_q, (None, *get_args(LogQ)))
+        if log_q == "corrected" and duplicates == "keep":
+            raise ValueError("`log_q='corrected'` needs `duplicates='mask'`. With 'keep', use `log_q='standard'`.")
+        if known_positives is not None and duplicates == "keep":
+            raise ValueError("`known_positives` needs `duplicates='mask'`: 'keep' masks nothing.")
+        self.duplicates = duplicates
+        self.known_positives = None if known_positives is None else KnownPositives(model, known_positives)
+        self.log_q = log_q
+        self.frequencies = {"query": FrequencyTable(), "document": FrequencyTable(), **(frequencies or {})}
+
+    def needed_rows(self, relevance: Tensor, num_columns: int) -> list[Tensor | None]:
+        """Queries of rows with r ≤ 0 ask nothing, and document to query knows no negative documents."""
+        positive = relevance > 0
+        if self.directions == ("query_to_doc",):
+            return [positive, *[None] * (num_columns - 1)]
+        if self.directions == ("doc_to_query",):
+            return [None, positive, *[torch.zeros_like(positive)] * (num_columns - 2)]
+        return [None] * num_columns
+
+    def observe(self, batch: ClickBatch) -> ClickBatch:
+        """Add known positives; count the batch's rows and look up their log Q."""
+        if self.known_positives is not None:
+            batch = replace(batch, known_positives=self.known_positives.cells(batch.query_keys, batch.document_keys))
+        if self.log_q is None:
+            return batch
+        query_log_q = document_log_q = None
+        if "query_to_doc" in self.directions:
+            document_log_q = self._log_q("document", batch.document, batch.document_keys)
+        if "doc_to_query" in self.directions:
+            query_log_q = self._log_q("query", batch.query, batch.query_keys)
+        return replace(batch, query_log_q=query_log_q, document_log_q=document_log_q)
+
+    def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
+        """Mean over the directions of the full product softmax."""
+        alpha = self.logit_scale.exp()
+        losses = []
+        for direction in self.directions:
+            self._check_log_q(direction, batch)
+            asking, answering = (queries, documents) if direction == "query_to_doc" else (documents, queries)
+            anchors, targets = batch.softmax_targets(direction, self.relevance, self.duplicates, self.log_q)
+            losses.append(full_product_softmax(asking[anchors], answering, alpha, targets))
+        return torch.stack(losses).mean()
+
+    def export_state(self) -> dict[str, Any]:
+        """α, β and the frequency tables."""
+        if self.log_q is None:
+            return super().export_state()
+        return {
+            **super().export_state(),
+            "frequencies": {side: table.export_state() for side, table in self.frequencies.items()},
+        }
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`export_state` gave."""
+        super().import_state(state)
+        for side, stored in state.get("frequencies", {}).items():
+            self.frequencies[side].import_state(stored)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings for the model card."""
+        return {
+            **super().get_config_dict(),
+            "directions": self.directions,
+            "duplicates": self.duplicates,
+            "log_q": self.log_q,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of what the loss builds on."""
+        return """
+@inproceedings{yi2019sampling,
+    title={Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations},
+    author={Yi, Xinyang and Yang, Ji and Hong, Lichan and Cheng, Derek Zhiyuan and Heldt, Lukasz and Kumthekar, Aditee and Zhao, Zhe and Wei, Li and Chi, Ed},
+    booktitle={Proceedings of the 13th ACM Conference on Recommender Systems},
+    year={2019},
+}
+"""  # noqa: E501
+
+    def _check_log_q(self, direction: Direction, batch: ClickBatch) -> None:
+        name = "document_log_q" if direction == "query_to_doc" else "query_log_q"
+        if self.log_q is not None and getattr(batch, name) is None:
+            raise ValueError(f"`{name}` is needed for `log_q={self.log_q!r}`: pass the log probability of each column.")
+
+    def _log_q(self, side: str, index: Tensor, keys: Tensor) -> Tensor:
+        table = self.frequencies[side]
+        if self.training and not table.frozen:
+            counts = torch.bincount(index[index >= 0], minlength=len(keys))
+            # Tables agree on all ranks: a batch that does not span them is counted on all of them all the same.
+            table.update(*(keys, counts) if self._gathers else gather_counts(keys, counts))
+        return table.log_q(keys)[index]
+
+
+def _check_directions(directions: Sequence[Direction]) -> tuple[Direction, ...]:
+    known = get_args(Direction)
+    if isinstance(directions, str) or not directions or not set(directions) <= set(known):
+        raise ValueError(
+            f"`directions` must be a tuple of {' and '.join(map(repr, known))}, got {directions!r}; "
+            'for one direction write ("query_to_doc",).'
+        )
+    return tuple(dict.fromkeys(directions))
