@@ -1,7 +1,7 @@
 """LossStateCallback: α, β and the other state of a loss, through everything that a training run does.
 
-sentence-transformers trains the parameters of a loss and then forgets them: checkpoints lack them, ranks do not agree on
-them, clipping does not reach them. This callback does the rest on the stock trainer.
+sentence-transformers trains the parameters of a loss and then forgets them: checkpoints lack them, ranks do not agree
+on them, clipping does not reach them. This callback does the rest on the stock trainer.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class LossStateCallback(TrainerCallback, ExportableState):
         """Check the setting, and choose what DistributedDataParallel needs."""
         if args.deepspeed or args.fsdp:
             raise ValueError(
-                "The losses of st_fpsloss support one process and DistributedDataParallel. FSDP and DeepSpeed shard the "
-                "encoders that a loss replays and do not reduce the loss's own parameters; train without "
+                "The losses of st_fpsloss support one process and DistributedDataParallel. FSDP and DeepSpeed shard "
+                "the encoders that a loss replays and do not reduce the loss's own parameters; train without "
                 f"{'`deepspeed`' if args.deepspeed else '`fsdp`'}."
             )
         if args.ddp_find_unused_parameters is None:

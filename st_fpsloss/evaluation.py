@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm.autonotebook import trange
 
-from st_fpsloss.index import checked_similarity, embed_in_chunks
+from st_fpsloss.embedding import checked_similarity, embed_in_chunks
 from st_fpsloss.ranking_metrics import (
     best_documents,
     bootstrap_interval,
@@ -240,8 +241,12 @@ class RetrievalEvaluator(BaseEvaluator):
         Returns:
             Query id to (document id, score), best first, seen documents left out. Ties stand as the metrics count them:
             documents without relevance first, then in the order of the corpus.
+
+        Raises:
+            ValueError: If ``k`` is no integer of 1 or more.
         """
-        (k,) = check_at([k])
+        if not isinstance(k, numbers.Integral) or k < 1:
+            raise ValueError(f"k={k!r} has to be an integer of 1 or more.")
         best = {}
         for query_id, (scores, *judgments) in zip(self.query_ids, self._score_rows(source), strict=True):
             positions = best_documents(scores, k, *judgments)
@@ -276,7 +281,7 @@ class RetrievalEvaluator(BaseEvaluator):
 
         def score(chunk: slice) -> np.ndarray:
             rows = prepare(queries[chunk])
-            scores = torch.empty(len(rows), len(corpus))
+            scores = torch.empty(len(rows), len(corpus), dtype=torch.float32)
             for start in range(0, len(corpus), DOCUMENTS_PER_CHUNK):
                 columns = slice(start, start + DOCUMENTS_PER_CHUNK)
                 scores[:, columns] = rows @ prepare(corpus[columns]).T
@@ -289,7 +294,7 @@ class RetrievalEvaluator(BaseEvaluator):
         embeddings, filled = torch.empty(0), 0
         for chunk in embed_in_chunks(encode, inputs, self.batch_size, self.show_progress_bar):
             if not filled:
-                embeddings = torch.empty(len(inputs), chunk.shape[1])
+                embeddings = torch.empty(len(inputs), chunk.shape[1], dtype=torch.float32)
             embeddings[filled : filled + len(chunk)] = torch.from_numpy(chunk)
             filled += len(chunk)
         return embeddings
@@ -319,16 +324,17 @@ class RetrievalEvaluator(BaseEvaluator):
         return {self._prefixed(metric): float(of_query.mean()) for metric, of_query in values.items()}
 
     def _append_csv(self, folder: Path, row: Mapping[str, Any]) -> None:
-        """Append one line to the CSV file, with a header where the file is new."""
+        """Append one line to the CSV file, with a header where the file is new or has other columns."""
         os.makedirs(folder, exist_ok=True)
         path = folder / self.csv_file
         header = ",".join(row)
-        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        if known and header not in known:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        headers = [line for line in lines if line.startswith("epoch,")]
+        if headers and headers[-1] != header:
             logger.warning("%s has other columns than this evaluation: the new ones follow under a new header.", path)
         with open(path, "a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
-            if header not in known:
+            if headers[-1:] != [header]:
                 writer.writeheader()
             writer.writerow(row)
 

@@ -147,7 +147,7 @@ def test_corpus_and_queries_are_embedded_once_a_call_and_in_chunks(monkeypatch):
     embedded = []
     preprocess = model.preprocess
     monkeypatch.setattr(model, "preprocess", lambda inputs, **kw: embedded.extend(inputs) or preprocess(inputs, **kw))
-    monkeypatch.setattr("st_fpsloss.index.CHUNK_SIZE", 32)
+    monkeypatch.setattr("st_fpsloss.embedding.CHUNK_SIZE", 32)
     assert evaluator(model) == whole
     assert sorted(embedded) == sorted([*queries.values(), *corpus.values()])
 
@@ -319,6 +319,8 @@ def test_top_k_returns_what_there_is():
     evaluator = make(seen_docs={"q1": ["d2"]})
     best = evaluator.top_k(lambda ids: np.array([[1.0, 2.0], [1.0, 2.0]]), 100)
     assert best == {"q1": [("d1", 1.0)], "q2": [("d2", 2.0), ("d1", 1.0)]}
+    with pytest.raises(ValueError, match="k=0"):
+        evaluator.top_k(lambda ids: np.zeros((2, 2)), 0)
 
 
 def test_per_query_values_carry_intervals_and_paired_comparisons():
@@ -350,7 +352,9 @@ def test_every_call_appends_a_line_to_the_csv_file(tmp_path, caplog):
     assert header == ["epoch", "steps", *metrics] and first[:2] == ["0.5", "10"] and second[:2] == ["1.0", "20"]
     assert [float(value) for value in first[2:]] == list(metrics.values())
     make(name="movies/val", at=(2,))(model, str(tmp_path / "eval"))
-    assert "other columns" in caplog.text and read_csv(file)[3][2] == "movies/val_hr@2"
+    evaluator(model, str(tmp_path / "eval"))
+    assert "other columns" in caplog.text
+    assert [line[2] for line in read_csv(file) if line[0] == "epoch"] == [f"movies/val_hr@{k}" for k in (1, 2, 1)]
 
 
 def test_no_file_is_written_without_a_path_or_when_it_is_switched_off(tmp_path, monkeypatch):

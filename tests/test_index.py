@@ -117,7 +117,7 @@ def test_a_real_model_finds_by_meaning_and_shows_what_it_found(tmp_path, minilm)
 def test_embedding_in_chunks_changes_nothing(tmp_path, monkeypatch):
     model = random_model()
     whole = DocumentIndex.build(model, DOCUMENTS, tmp_path / "whole").search(model, QUERIES, k=7)
-    monkeypatch.setattr(index_module, "CHUNK_SIZE", 13)
+    monkeypatch.setattr("st_fpsloss.embedding.CHUNK_SIZE", 13)
     assert DocumentIndex.build(model, DOCUMENTS, tmp_path / "chunks").search(model, QUERIES, k=7) == whole
 
 

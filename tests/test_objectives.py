@@ -43,7 +43,9 @@ def test_float32_is_as_close_to_float64_as_the_plain_float32_formula(sharpness, 
     targets = plain_targets(rows)
     if masked:
         numbers = torch.arange(rows)
-        targets = SoftmaxTargets(numbers, numbers, targets.weight, targets.candidate_log_weight, torch.stack([numbers] * 2))
+        targets = SoftmaxTargets(
+            numbers, numbers, targets.weight, targets.candidate_log_weight, torch.stack([numbers] * 2)
+        )
 
     def plain(U, W, a):
         return F.cross_entropy(a * U @ W.T, torch.arange(rows))

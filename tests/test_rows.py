@@ -68,7 +68,10 @@ def test_a_collision_of_keys_is_resolved_by_equality(monkeypatch):
 
 def test_a_million_rows_do_not_collide():
     rows = torch.arange(10**6)
-    features = {"input_ids": torch.stack([rows % 1000, rows // 1000], dim=1), "attention_mask": torch.ones(10**6, 2).long()}
+    features = {
+        "input_ids": torch.stack([rows % 1000, rows // 1000], dim=1),
+        "attention_mask": torch.ones(10**6, 2).long(),
+    }
     assert len(torch.unique(keys(features))) == 10**6
 
 

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -20,11 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from st_fpsloss.batch_encoding import BatchPlan, CachedEncoding, encode
 from st_fpsloss.click_batch import ClickBatch, Relevance
 from st_fpsloss.distributed import Exchange, gather_clicks, world_size
+from st_fpsloss.losses.checks import (
+    Similarity,
+    check_choice,
+    check_embeddings,
+    check_relevance,
+    check_shape,
+    similarity_of,
+)
 from st_fpsloss.rows import Features, Rows, first_of_each
 
 logger = logging.getLogger(__name__)
-
-Similarity = Literal["dot", "cosine"]
 
 # Padded tokens a mini-batch. A CPU is as fast at 2048 as at 16384 and needs an eighth of the memory.
 _NUM_TOKENS_CPU = 2048
@@ -70,7 +76,7 @@ class ClickLoss(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.model = model
-        self.similarity = _similarity_of(model, similarity)
+        self.similarity = similarity_of(model, similarity)
         scale = (1 / 0.07 if self.similarity == "cosine" else 1.0) if scale is None else scale
         if not 0 < scale <= max_scale:
             raise ValueError(f"`scale` must be above 0 and at most `max_scale` = {max_scale}, got {scale!r}.")
@@ -203,7 +209,7 @@ class ClickLoss(nn.Module, ABC):
         Raises:
             ValueError: If there are fewer than two columns, or a shape does not fit.
         """
-        _check_embeddings(embeddings)
+        check_embeddings(embeddings)
         num_rows, num_documents = len(embeddings[0]), len(embeddings) - 1
         device = embeddings[0].device
         dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
@@ -359,57 +365,6 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         scaled = (None if gradient is None else grad_output * gradient for gradient in ctx.gradients)
         return (None, None, *scaled)
-
-
-def _similarity_of(model: SentenceTransformer, similarity: Similarity | None) -> Similarity:
-    name = model.similarity_fn_name if similarity is None else similarity
-    if name not in ("dot", "cosine"):
-        raise ValueError(
-            f"`similarity` must be 'dot' or 'cosine', got {name!r}. Pass one of them, or set the model's "
-            "`similarity_fn_name`, which is what `similarity=None` takes."
-        )
-    return name
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise a ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError if a tensor is given and does not have the shape."""
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
-
-
-def check_relevance(labels: Tensor | None, num_rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Relevance (M,) of a batch's rows: the labels, or 1 for every row.
-
-    Raises:
-        ValueError: If there is not one finite number a row.
-    """
-    if labels is None:
-        return torch.ones(num_rows, device=device, dtype=dtype)
-    if tuple(labels.shape) != (num_rows,):
-        raise ValueError(
-            f"`label` must hold one number a row, shape ({num_rows},), but has the shape {tuple(labels.shape)}."
-        )
-    if not bool(torch.isfinite(labels).all()):
-        row = int((~torch.isfinite(labels)).nonzero()[0])
-        raise ValueError(
-            f"`label` must be finite, but row {row} of the batch has {labels[row].item()}. Drop such rows, or give "
-            "them a relevance: above 0 for a positive, 0 or below for a document that was shown and not clicked."
-        )
-    return labels.to(device=device, dtype=dtype)
-
-
-def _check_embeddings(embeddings: Sequence[Tensor]) -> None:
-    if len(embeddings) < 2:
-        raise ValueError(f"`embeddings` needs at least queries and documents, got {len(embeddings)} tensor(s).")
-    shapes = [tuple(tensor.shape) for tensor in embeddings]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
-        raise ValueError(f"`embeddings` must all have one shape (M, dim), got {shapes}.")
 
 
 def _unique_by_id(columns: Sequence[Tensor], ids: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,8 @@ from st_fpsloss.click_batch import ClickBatch, Direction, Duplicates, LogQ, Rele
 from st_fpsloss.distributed import gather_counts
 from st_fpsloss.frequencies import FrequencyTable
 from st_fpsloss.known_positives import KnownPositives
-from st_fpsloss.losses.base import ClickLoss, Similarity, check_choice
+from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.losses.checks import Similarity, check_choice
 from st_fpsloss.objectives import full_product_softmax
 
 

@@ -230,7 +230,7 @@ def wrong_batch(columns=None, labels=None):
             "must all have one shape",
         ),
         (
-            lambda: FPSLoss(MODEL).compute_loss_from_embeddings([torch.ones(2, 3)] * 2, query_ids=torch.zeros(3).long()),
+            lambda: FPSLoss(MODEL).compute_loss_from_embeddings([torch.ones(2, 3)] * 2, query_ids=torch.arange(3)),
             "`query_ids` must have the shape",
         ),
         (

@@ -1,0 +1,65 @@
+"""Checks of what a loss is given: each a ValueError that names the argument, the value and the cure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+Similarity = Literal["dot", "cosine"]
+
+
+def similarity_of(model: SentenceTransformer, similarity: Similarity | None) -> Similarity:
+    """The similarity that a loss is to use: the one given, or the model's own."""
+    name = model.similarity_fn_name if similarity is None else similarity
+    if name not in ("dot", "cosine"):
+        raise ValueError(
+            f"`similarity` must be 'dot' or 'cosine', got {name!r}. Pass one of them, or set the model's "
+            "`similarity_fn_name`, which is what `similarity=None` takes."
+        )
+    return name
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if a tensor is given and does not have the shape."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def check_relevance(labels: Tensor | None, num_rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Relevance (M,) of a batch's rows: the labels, or 1 for every row.
+
+    Raises:
+        ValueError: If there is not one finite number a row.
+    """
+    if labels is None:
+        return torch.ones(num_rows, device=device, dtype=dtype)
+    if tuple(labels.shape) != (num_rows,):
+        raise ValueError(
+            f"`label` must hold one number a row, shape ({num_rows},), but has the shape {tuple(labels.shape)}."
+        )
+    if not bool(torch.isfinite(labels).all()):
+        row = int((~torch.isfinite(labels)).nonzero()[0])
+        raise ValueError(
+            f"`label` must be finite, but row {row} of the batch has {labels[row].item()}. Drop such rows, or give "
+            "them a relevance: above 0 for a positive, 0 or below for a document that was shown and not clicked."
+        )
+    return labels.to(device=device, dtype=dtype)
+
+
+def check_embeddings(embeddings: Sequence[Tensor]) -> None:
+    """Raise a ValueError unless there are two or more tensors of one shape (M, dim)."""
+    if len(embeddings) < 2:
+        raise ValueError(f"`embeddings` needs at least queries and documents, got {len(embeddings)} tensor(s).")
+    shapes = [tuple(tensor.shape) for tensor in embeddings]
+    if len(set(shapes)) != 1 or len(shapes[0]) != 2:
+        raise ValueError(f"`embeddings` must all have one shape (M, dim), got {shapes}.")
