@@ -131,6 +131,21 @@ def test_jsonl_unites_the_keys_of_its_dicts_and_takes_numbers_of_any_size(tmp_pa
     ]
 
 
+def test_dicts_of_several_files_are_united(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, query in zip(paths, [{"text": "a"}, {"text": "b", "age": 3}], strict=True):
+        path.write_text(json.dumps({"query": query, "document": "d"}))
+    assert load_clicks(paths)["query"][:] == [{"text": "a", "age": None}, {"text": "b", "age": 3}]
+
+
+def test_a_stream_keeps_its_columns_where_a_row_has_more_and_ignores_its_format() -> None:
+    rows: list[dict[str, Any]] = [{"query": 1, "document": 2}, {"note": "late", "query": 3, "document": 4}]
+    expected = [{"query": "1", "document": "2"}, {"query": "3", "document": "4"}]
+    assert list(load_clicks(stream(rows))) == expected
+    formatted = stream(rows, Features({"query": Value("float64"), "document": Value("int64")})).with_format("torch")
+    assert next(iter(load_clicks(formatted))) == {"query": "1.0", "document": "2"}
+
+
 def test_categories_and_dates_and_class_labels_of_a_dataset_are_read(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

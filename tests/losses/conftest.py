@@ -13,24 +13,9 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 from st_fpsloss.towers import Tower, freeze_unused_parameters, id_embedding, id_transformer, two_tower
 
 WORDS = [
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "brew",
-    "potent",
-    "elixirs",
-    "beneath",
-    "moonlit",
-    "towers",
-]
+    "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "brew", "potent",
+    "elixirs", "beneath", "moonlit", "towers",
+]  # fmt: skip
 
 
 def sentences(count: int, longest: int, seed: int) -> list[str]:
