@@ -11,12 +11,12 @@ allows keep their graph; the others are embedded without one and once more in th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from sentence_transformers.base.losses.gradcache import RandContext
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
@@ -97,7 +97,9 @@ class BatchPlan:
 
 def encode(model: Encoder, plan: BatchPlan) -> Tensor:
     """Embeddings (N, dim) of the distinct rows, with the graph of all of them if gradients are on."""
-    return torch.cat([_embed(model, rows) for rows in plan.mini_batches])
+    encoder = _without_ddp(model)
+    embeddings = torch.cat([_embed(encoder, rows) for rows in plan.mini_batches])
+    return _as_ddp_outputs(model, [embeddings])[0]
 
 
 class CachedEncoding:
@@ -107,7 +109,7 @@ class CachedEncoding:
         model: the encoders; wrapped in DistributedDataParallel or not.
         plan: what to encode.
         kept_num_tokens: mini-batches up to this many tokens, and the first of each tower in any case, keep their graph
-            and are not embedded a second time. (Under DistributedDataParallel none is kept.)
+            and are not embedded a second time.
 
     Example::
 
@@ -118,8 +120,8 @@ class CachedEncoding:
 
     def __init__(self, model: Encoder, plan: BatchPlan, kept_num_tokens: int) -> None:
         self._model = model
+        self._encoder = _without_ddp(model)
         self._plan = plan
-        self._distributed = isinstance(model, DistributedDataParallel)
         self._autocast = _AutocastState(plan.index.device.type)
         self._kept: dict[int, Tensor] = {}  # number of the mini-batch -> embeddings with their graph
         self._to_replay: dict[int, RandContext] = {}
@@ -127,13 +129,13 @@ class CachedEncoding:
         learns: dict[int, bool] = {}  # route -> whether its tower has anything to learn; its first mini-batch tells
         for number, (rows, route) in enumerate(zip(plan.mini_batches, plan.route_of, strict=True)):
             size = _num_tokens(rows)
-            with_graph = route not in learns or (learns[route] and not self._distributed and size <= kept_num_tokens)
+            with_graph = route not in learns or (learns[route] and size <= kept_num_tokens)
             random_state = RandContext(*rows.tensors.values())
             # Autocast caches a cast weight with or without its graph, whichever comes first: no pass without one may.
-            with self._no_sync(), torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
-                embedded = _embed(model, rows)
+            with torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
+                embedded = _embed(self._encoder, rows)
             learns.setdefault(route, embedded.requires_grad)
-            if embedded.requires_grad and not self._distributed:
+            if embedded.requires_grad:
                 self._kept[number] = embedded
                 kept_num_tokens -= size
             elif learns[route]:
@@ -158,27 +160,25 @@ class CachedEncoding:
             raise RuntimeError("The gradient cache is empty: a loss can be backpropagated once.")
         self.embeddings.grad = None
         gradients = (grad_output * gradient).split(self._sizes)
-        for number in list(self._kept):
-            torch.autograd.backward(self._kept.pop(number), gradients[number])
-        last: dict[int, int] = {}
-        if self._distributed:
-            # The reducer of DistributedDataParallel ends with the first backward that completes a bucket: gradients are
-            # accumulated locally, but for one mini-batch of each tower, which go together through one last backward.
-            last = {self._plan.route_of[number]: number for number in self._to_replay}
+        distributed = self._encoder is not self._model
+        if not distributed:  # kept mini-batches free their memory before others are replayed
+            self._backward_kept(gradients)
         for number in self._to_replay:
-            if number not in last.values():
-                with self._no_sync():
-                    torch.autograd.backward(self._replay(number), gradients[number])
-        if last:
-            embedded = [self._replay(number) for number in last.values()]
-            torch.autograd.backward(embedded, [gradients[number] for number in last.values()])
+            torch.autograd.backward(self._replay(number), gradients[number])
+        if distributed:
+            # The reducer of DistributedDataParallel ends with the first backward that completes a bucket: what is
+            # replayed accumulates without it, and what was kept, at least one mini-batch of each tower, comes last.
+            self._backward_kept(gradients)
+
+    def _backward_kept(self, gradients: Sequence[Tensor]) -> None:
+        with torch.enable_grad():
+            kept = _as_ddp_outputs(self._model, list(self._kept.values()))
+        torch.autograd.backward(kept, [gradients[number] for number in self._kept])
+        self._kept.clear()
 
     def _replay(self, number: int) -> Tensor:
         with self._to_replay[number], torch.enable_grad(), self._autocast.restored(cache=True):
-            return _embed(self._model, self._plan.mini_batches[number])
-
-    def _no_sync(self) -> AbstractContextManager[None]:
-        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+            return _embed(self._encoder, self._plan.mini_batches[number])
 
 
 class _Attached(torch.autograd.Function):
@@ -204,6 +204,38 @@ class _AutocastState:
 
     def restored(self, cache: bool) -> AbstractContextManager[None]:
         return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled, cache_enabled=cache)
+
+
+class _Outputs(nn.Module):
+    """Takes the place of a module whose outputs are there already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+        return outputs
+
+
+def _without_ddp(model: Encoder) -> Encoder:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
+    """Embeddings of several calls as the outputs of one forward pass of DistributedDataParallel.
+
+    Called for every mini-batch, DistributedDataParallel would broadcast buffers every time, which hangs where ranks
+    differ in the number of mini-batches, and with ``find_unused_parameters=True``, the trainer's default, take the
+    other tower for unused, which crashes. Told of all of them at once, it does neither.
+    """
+    if not isinstance(model, DistributedDataParallel) or not torch.is_grad_enabled():
+        return embeddings
+    module = model.module
+    model.module = _Outputs(module)
+    try:
+        return model(embeddings)
+    finally:
+        model.module = module
 
 
 def _embed(model: Encoder, rows: Rows) -> Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from st_fpsloss.distributed import world_size
 from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.towers import freeze_unused_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,9 @@ class LossStateCallback(TrainerCallback, ExportableState):
       ``load_best_model_at_end``.
     - After each step α is brought back to at most ``max_scale``.
     - With several processes, the gradients of α and β are averaged over ranks, as DistributedDataParallel does it for
-      the encoders; its ``find_unused_parameters`` is turned off, which two towers need.
+      the encoders. Without this callback, ranks learn different α.
+    - A trainable pooler that nobody reads (a saved model has one, once it is loaded again) is frozen: with
+      ``ddp_find_unused_parameters=False`` it would stop DistributedDataParallel.
     - ``loss/alpha``, ``loss/temperature``, ``loss/beta`` and ``loss/alpha_grad`` are logged beside the training loss.
 
     α uses the trainer's learning rate; ``learning_rate_mapping={"logit_scale": 1e-2}`` in the training arguments gives
@@ -74,25 +79,36 @@ class LossStateCallback(TrainerCallback, ExportableState):
             raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm!r}.")
         self._max_grad_norm = max_grad_norm
         self._last_gradient: dict[str, float] = {}
+        self._folder: Path | None = None  # where a checkpoint of this step is saved
 
     def state(self) -> dict[str, Any]:
-        """What goes into a checkpoint's ``trainer_state.json``."""
+        """What goes into a checkpoint's ``trainer_state.json``, the last file that the trainer writes."""
         return {
             "args": {},
-            "attributes": {"losses": {name: loss.export_state() for name, loss in self._losses.items()}},
+            "attributes": {
+                "losses": {name: loss.export_state() for name, loss in self._losses.items()},
+                "files": [] if self._folder is None else _files_of(self._folder),
+            },
         }
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the setting, and choose what DistributedDataParallel needs."""
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the setting, and freeze what no gradient reaches."""
         if args.deepspeed or args.fsdp:
             raise ValueError(
                 "The losses of st_fpsloss support one process and DistributedDataParallel. FSDP and DeepSpeed shard "
                 "the encoders that a loss replays and do not reduce the loss's own parameters; train without "
                 f"{'`deepspeed`' if args.deepspeed else '`fsdp`'}."
             )
-        if args.ddp_find_unused_parameters is None:
-            # Two towers reach the reducer twice otherwise: "marked ready only once".
-            args.ddp_find_unused_parameters = False
+        frozen = [] if model is None else freeze_unused_parameters(model)
+        if frozen:
+            logger.info("No output depends on %s: frozen.", ", ".join(frozen))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,6 +145,19 @@ class LossStateCallback(TrainerCallback, ExportableState):
         """Bring α back to its bound."""
         for loss in self._losses.values():
             loss.clamp_()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark a checkpoint that is about to be written over as incomplete."""
+        self._folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if control.should_save and args.should_save:
+            # Left by an earlier run, it would vouch for a mixture of both runs' files if this one is killed.
+            (self._folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark a checkpoint that is about to be written over as incomplete."""
+        self.on_step_end(args, state, control)
 
     def on_log(
         self,
@@ -188,15 +217,17 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint in ``output_dir`` that was written to its end, or None.
+    """The newest checkpoint in ``output_dir`` that is complete, or None.
 
-    A run that is killed while it saves leaves a broken newest folder, on which ``resume_from_checkpoint=True`` fails.
+    A run that is killed while it saves leaves a broken newest folder, on which ``resume_from_checkpoint=True`` fails;
+    killed while it removes an older checkpoint, it leaves half of that.
 
     Args:
         output_dir: the training arguments' ``output_dir``.
 
     Returns:
-        Path for ``trainer.train(resume_from_checkpoint=...)``.
+        Path for ``trainer.train(resume_from_checkpoint=...)``: of the highest step whose folder has the trainer's
+        state, which is written last, every file that :class:`LossStateCallback` saw there, and no file that is cut off.
     """
     numbered = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -206,10 +237,34 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return str(max(numbered)[1]) if numbered else None
 
 
+def _files_of(folder: Path) -> list[str]:
+    """Names of the files of a checkpoint as the trainer is about to complete it."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if "rng_state_0.pth" in names:  # every rank writes one, and nobody waits for the others
+        names |= {f"rng_state_{rank}.pth" for rank in range(world_size())}
+    return sorted(names)
+
+
 def _is_complete(folder: Path) -> bool:
-    # The trainer writes this file last; cut off, it does not parse.
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return False
+    callback = state.get("stateful_callbacks", {}).get(LossStateCallback.__name__)
+    names = callback["attributes"].get("files", []) if callback else []
+    return all((folder / name).is_file() for name in names) and all(_is_whole(path) for path in folder.rglob("*"))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file that resuming reads is not cut off, as far as its format tells without reading all of it."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        elif path.suffix in (".pt", ".pth"):
+            return zipfile.is_zipfile(path)
+    except (OSError, ValueError, SafetensorError):
         return False
     return True

@@ -86,7 +86,7 @@ class ClickBatch:
             cells = None if cells is None else cells.flip(0)
 
         anchors, anchor = torch.unique(asking[rows], return_inverse=True)
-        masked = None if cells is None else _renumber(cells, anchors, num_asking)
+        masked = None if cells is None else renumbered(cells, anchors, num_asking)
         frequencies = _ColumnFrequencies.count(
             columns, column_log_q if log_q else None, num_answering, self.relevance.dtype
         )
@@ -104,6 +104,13 @@ class ClickBatch:
             positive_offset=positive_offset,
             negative_offset=negative_offset,
         )
+
+    def log_unmasked_q(self) -> Tensor:
+        """``log(1 - ΣQ of the query's positives)`` (A,) of each query: the part of Q that its negatives come from."""
+        frequencies = _ColumnFrequencies.count(
+            self.document, self.document_log_q, len(self.document_keys), self.relevance.dtype
+        )
+        return frequencies.log_unmasked_q(self.positive_cells(), len(self.query_keys))
 
     @property
     def _sizes(self) -> tuple[int, int]:
@@ -131,15 +138,20 @@ class _ColumnFrequencies:
 
     def correction(self, masked: Tensor, num_anchors: int) -> Tensor:
         """``log( (1 - ΣQ of the masked) / n )`` of each anchor, n the number of its unmasked columns."""
+        taken = self.count_of.new_zeros(num_anchors).index_add(0, masked[0], self.count_of[masked[1]])
+        n = self.count_of.sum() - taken
+        # n = 0 leaves no negative to correct.
+        return self.log_unmasked_q(masked, num_anchors) - torch.log(n.clamp_min(1))
+
+    def log_unmasked_q(self, masked: Tensor, num_anchors: int) -> Tensor:
+        """``log(1 - ΣQ of the masked)`` of each anchor."""
         assert self.q is not None
-        zeros = self.count_of.new_zeros(num_anchors)
-        n = self.count_of.sum() - zeros.index_add(0, masked[0], self.count_of[masked[1]])
-        masked_q = zeros.index_add(0, masked[0], self.q[masked[1]])
-        # An estimated Q may sum to 1 and more over the masked; n = 0 leaves no negative to correct.
-        return torch.log((1 - masked_q).clamp_min(1e-6)) - torch.log(n.clamp_min(1))
+        masked_q = self.q.new_zeros(num_anchors).index_add(0, masked[0], self.q[masked[1]])
+        # An estimated Q may sum to 1 and more over the masked.
+        return torch.log((1 - masked_q).clamp_min(1e-6))
 
 
-def _renumber(cells: Tensor, kept_rows: Tensor, num_rows: int) -> Tensor:
+def renumbered(cells: Tensor, kept_rows: Tensor, num_rows: int) -> Tensor:
     """Cells whose first entry is among ``kept_rows``, with its position there in its place."""
     position = torch.full((num_rows,), -1, dtype=torch.int64, device=cells.device)
     position[kept_rows] = torch.arange(len(kept_rows), device=cells.device)

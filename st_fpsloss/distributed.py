@@ -8,6 +8,7 @@ the number of ranks, so that the mean over ranks that DistributedDataParallel ta
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -70,9 +71,25 @@ def gather_clicks(batch: ClickBatch) -> tuple[ClickBatch, Exchange]:
         relevance=torch.cat([rank.relevance for rank in ranks]).to(batch.relevance.dtype),
         query_keys=query_keys,
         document_keys=document_keys,
+        query_log_q=_concatenated([rank.query_log_q for rank in ranks]),
+        document_log_q=_concatenated([rank.document_log_q for rank in ranks]),
         own=slice(first, first + num_rows[dist.get_rank()]),
     )
     return merged, Exchange(sizes, query_rows, document_rows)
+
+
+def over_ranks(value: Tensor, operation: Literal["sum", "max"]) -> Tensor:
+    """The sum or the maximum over ranks of a tensor that all of them have, without gradient."""
+    value = value.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
+    return value
+
+
+def distinct_keys(count: int, device: torch.device) -> Tensor:
+    """Keys (count,) int64 of rows that are all different, from those of other ranks too."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    return torch.arange(count, device=device) + (rank << 40)
 
 
 def gather_counts(keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,25 +115,41 @@ def _merge(keys: list[Tensor], numbers: list[Tensor], starts: list[int]) -> tupl
 
 def _pack(batch: ClickBatch) -> Tensor:
     """Everything about the clicks as one int64 vector, so that one collective carries it."""
-    sizes = [len(batch.relevance), len(batch.document), len(batch.query_keys), len(batch.document_keys)]
-    # float32 bits, since some accelerators have no float64.
-    relevance = batch.relevance.float().view(torch.int32).long()
-    parts = [batch.query, batch.document.flatten(), relevance, batch.query_keys, batch.document_keys]
+    parts = [batch.query, batch.document.flatten(), batch.query_keys, batch.document_keys, _bits(batch.relevance)]
+    for log_q in (batch.query_log_q, batch.document_log_q):
+        parts.append(batch.query[:0] if log_q is None else _bits(log_q))
+    sizes = [len(part) for part in parts]
     return torch.cat([batch.query.new_tensor(sizes), *parts])
 
 
 def _unpack(packed: Tensor) -> ClickBatch:
-    num_rows, num_columns, num_queries, num_documents = packed[:4].tolist()
-    query, document, relevance, query_keys, document_keys = packed[4:].split(
-        [num_rows, num_columns * num_rows, num_rows, num_queries, num_documents]
-    )
+    sizes = packed[:7].tolist()
+    query, document, query_keys, document_keys, relevance, query_log_q, document_log_q = packed[7:].split(sizes)
+    num_rows = len(query)
     return ClickBatch(
         query=query,
-        document=document.view(num_columns, num_rows),
-        relevance=relevance.int().view(torch.float32),
+        document=document.view(-1, num_rows),
+        relevance=_floats(relevance),
         query_keys=query_keys,
         document_keys=document_keys,
+        query_log_q=_floats(query_log_q) if len(query_log_q) else None,
+        document_log_q=_floats(document_log_q).view(-1, num_rows) if len(document_log_q) else None,
     )
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Numbers as int64, by their float32 bits, since some accelerators have no float64."""
+    return values.flatten().float().view(torch.int32).long()
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.int().view(torch.float32)
+
+
+def _concatenated(parts: list[Tensor | None]) -> Tensor | None:
+    """Rows of all ranks, along the last dimension; None if no rank has any."""
+    held = [part for part in parts if part is not None]
+    return torch.cat(held, dim=-1) if held else None
 
 
 def _gather_varying(rows: Tensor, sizes: list[int] | None = None) -> list[Tensor]:
@@ -141,6 +174,6 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.split(ctx.sizes)[dist.get_rank()], None

@@ -86,6 +86,11 @@ class Rows:
         }
         return Rows(tensors, torch.cat([part.lengths for part in parts]), first.metadata, first.bag)
 
+    def to(self, device: torch.device) -> Rows:
+        """The rows on another device."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Rows(tensors, self.lengths.to(device), self.metadata, self.bag)
+
     def select(self, index: Tensor) -> Rows:
         """The rows at ``index``, trimmed to the longest among them."""
         lengths = self.lengths[index]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,26 +197,23 @@ def test_a_pushed_checkpoint_carries_alpha(tmp_path, monkeypatch):
 
     pushed = tmp_path / "hub"
 
-    class Job:
-        def is_done(self):
-            return True
-
-        def result(self):
-            return None
-
     def upload_folder(folder_path, path_in_repo=None, **_):
         if Path(folder_path).name.startswith("checkpoint-"):
             shutil.copytree(folder_path, pushed / Path(folder_path).name, dirs_exist_ok=True)
-        return Job()
+        done = Future()
+        done.set_result(None)
+        return done
 
     monkeypatch.setattr(trainer_module, "hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
-    monkeypatch.setattr(trainer_module.Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(
+        trainer_module.Trainer, "init_hf_repo", lambda self, **_: setattr(self, "push_in_progress", None)
+    )
     monkeypatch.setattr(trainer_module.Trainer, "push_to_hub", lambda self, *args, **kwargs: None)
     training = trainer(
         tmp_path / "run", save_strategy="steps", save_steps=4, save_total_limit=1, push_to_hub=True,
         hub_strategy="checkpoint", hub_model_id="me/model",
     )  # fmt: skip
-    training.hub_model_id = "me/model"
+    training.hub_model_id, training.push_in_progress = "me/model", None  # what init_hf_repo sets
     recorder = Recorder(training.loss)
     training.add_callback(recorder)
     training.train()

@@ -6,8 +6,8 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -15,11 +15,11 @@ from sentence_transformers.base.modules import Router
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
-from torch.nn.parallel import DistributedDataParallel
 
 from st_fpsloss.batch_encoding import BatchPlan, CachedEncoding, encode
-from st_fpsloss.click_batch import ClickBatch, Relevance
+from st_fpsloss.click_batch import ClickBatch, Duplicates, Relevance
 from st_fpsloss.distributed import Exchange, gather_clicks, world_size
+from st_fpsloss.known_positives import KnownPositives
 from st_fpsloss.losses.checks import (
     Similarity,
     check_choice,
@@ -28,7 +28,8 @@ from st_fpsloss.losses.checks import (
     check_shape,
     similarity_of,
 )
-from st_fpsloss.rows import Features, Rows, first_of_each
+from st_fpsloss.losses.encoded_clicks import EncodedClicks, unique_by_id
+from st_fpsloss.rows import Features, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class ClickLoss(nn.Module, ABC):
         learn_bias: bool,
         max_scale: float,
         relevance: Relevance,
+        duplicates: Duplicates,
+        known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
         similarity: Similarity | None,
         mini_batch_num_tokens: int | None,
         cache_gradients: bool,
@@ -80,11 +83,16 @@ class ClickLoss(nn.Module, ABC):
         scale = (1 / 0.07 if self.similarity == "cosine" else 1.0) if scale is None else scale
         if not 0 < scale <= max_scale:
             raise ValueError(f"`scale` must be above 0 and at most `max_scale` = {max_scale}, got {scale!r}.")
-        check_choice("relevance", relevance, ("mask", "weight"))
+        check_choice("relevance", relevance, get_args(Relevance))
+        check_choice("duplicates", duplicates, get_args(Duplicates))
+        if known_positives is not None and duplicates == "keep":
+            raise ValueError("`known_positives` needs `duplicates='mask'`: 'keep' masks nothing.")
         if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
             raise ValueError(f"`mini_batch_num_tokens` must be at least 1 or None, got {mini_batch_num_tokens!r}.")
         self.max_scale = max_scale
         self.relevance = relevance
+        self.duplicates = duplicates
+        self.known_positives = None if known_positives is None else KnownPositives(model, known_positives)
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.cache_gradients = self.uses_gradient_cache = cache_gradients
         self.gather_across_devices = gather_across_devices
@@ -124,13 +132,22 @@ class ClickLoss(nn.Module, ABC):
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
         """The loss (a scalar) of unique embeddings (A, dim) and (B, dim) under the clicks of a batch."""
 
-    def needed_rows(self, relevance: Tensor, num_columns: int) -> list[Tensor | None]:
+    def check_batch(self, num_columns: int, labels: Tensor | None) -> None:
+        """Raise a ValueError if the loss has nothing to learn from batches of this form."""
+
+    def needed_rows(self, relevance: Tensor, columns: Sequence[Rows]) -> list[Tensor | None]:
         """For each column, the (M,) bool rows whose embeddings the loss uses; None for all."""
-        return [None] * num_columns
+        return [None] * len(columns)
+
+    def further_documents(self, num_rows: int) -> list[tuple[Rows, Tensor]]:
+        """Documents beside those of the batch: columns of ``num_rows`` rows, and which of them are needed, as bool."""
+        return []
 
     def observe(self, batch: ClickBatch) -> ClickBatch:
-        """Add to a batch what the loss knows of its rows from elsewhere (log Q, known positives)."""
-        return batch
+        """Add to a batch what the loss knows of its rows from elsewhere (known positives, log Q)."""
+        if self.known_positives is None:
+            return batch
+        return replace(batch, known_positives=self.known_positives.cells(batch.query_keys, batch.document_keys))
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch as the trainer collates it.
@@ -148,13 +165,17 @@ class ClickLoss(nn.Module, ABC):
         """
         columns = [Rows.from_features(features) for features in sentence_features]
         self._check_columns(columns)
+        self.check_batch(len(columns), labels)
         self._check_setting()
         self.clamp_()
         relevance = check_relevance(labels, len(columns[0]), columns[0].lengths.device, torch.float32)
         num_tokens = self._num_tokens(relevance.device)
-        needed = self.needed_rows(relevance, len(columns))
+        needed = self.needed_rows(relevance, columns)
         if world_size() > 1:
             needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
+        for rows, wanted in self.further_documents(len(relevance)):
+            columns.append(rows)
+            needed.append(wanted)
         plan = BatchPlan.from_columns(columns, needed, num_tokens)
         clicks = EncodedClicks.from_plan(plan, relevance)
         if self._gathers:
@@ -210,12 +231,13 @@ class ClickLoss(nn.Module, ABC):
             ValueError: If there are fewer than two columns, or a shape does not fit.
         """
         check_embeddings(embeddings)
+        self.check_batch(len(embeddings), labels)
         num_rows, num_documents = len(embeddings[0]), len(embeddings) - 1
         device = embeddings[0].device
         dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
         relevance = check_relevance(labels, num_rows, device, dtype)
-        queries, query, query_keys = _unique_by_id(embeddings[:1], query_ids, "query_ids")
-        documents, document, document_keys = _unique_by_id(embeddings[1:], document_ids, "document_ids")
+        queries, query, query_keys = unique_by_id(embeddings[:1], query_ids, "query_ids")
+        documents, document, document_keys = unique_by_id(embeddings[1:], document_ids, "document_ids")
         check_shape("document_log_q", document_log_q, (num_documents, num_rows))
         check_shape("query_log_q", query_log_q, (num_rows,))
         batch = ClickBatch(query[0], document, relevance, query_keys, document_keys, query_log_q, document_log_q)
@@ -270,6 +292,7 @@ class ClickLoss(nn.Module, ABC):
             "learn_scale": self.logit_scale.requires_grad,
             "max_scale": self.max_scale,
             "relevance": self.relevance,
+            "duplicates": self.duplicates,
             "similarity": self.similarity,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
             "cache_gradients": self.cache_gradients,
@@ -281,16 +304,12 @@ class ClickLoss(nn.Module, ABC):
         return self.mini_batch_num_tokens or default
 
     def _check_setting(self) -> None:
-        if isinstance(self.model, DistributedDataParallel) and self.model.find_unused_parameters:
-            raise ValueError(
-                "Two towers need `ddp_find_unused_parameters=False` in the training arguments (LossStateCallback sets "
-                "it); freeze parameters that no tower uses with `freeze_unused_parameters(model)`."
-            )
         if self.training and self.logit_scale.requires_grad and not self.has_state_callback:
             self.has_state_callback = True  # warn once
             logger.warning(
                 "α is learned, but nothing saves it: add `callbacks=[LossStateCallback(loss)]` to the trainer, or pass "
-                "`learn_scale=False`. Without the callback a resumed run starts again from the first α."
+                "`learn_scale=False`. Without the callback a resumed run starts again from the first α, and with "
+                "several processes each learns an α of its own."
             )
 
     def _check_columns(self, columns: Sequence[Rows]) -> None:
@@ -311,29 +330,6 @@ class ClickLoss(nn.Module, ABC):
                 )
 
 
-@dataclass(frozen=True)
-class EncodedClicks:
-    """The clicks of a batch, and the rows of this process's embeddings where its unique queries and documents are."""
-
-    batch: ClickBatch
-    query_rows: Tensor
-    document_rows: Tensor
-    exchange: Exchange | None = None
-
-    @classmethod
-    def from_plan(cls, plan: BatchPlan, relevance: Tensor) -> EncodedClicks:
-        """Number the queries and the documents of a batch, each from 0."""
-        query_rows, query = _renumber(plan.index[0])
-        document_rows, document = _renumber(plan.index[1:])
-        batch = ClickBatch(query, document, relevance, plan.keys[query_rows], plan.keys[document_rows])
-        return cls(batch, query_rows, document_rows)
-
-    def gathered(self) -> EncodedClicks:
-        """The clicks of all processes, over this one's rows."""
-        batch, exchange = gather_clicks(self.batch)
-        return replace(self, batch=batch, exchange=exchange)
-
-
 def _at_least_one(needed: Tensor | None) -> Tensor | None:
     """DistributedDataParallel waits for every tower on every rank: a batch must not skip one."""
     if needed is None or bool(needed.any()):
@@ -341,15 +337,6 @@ def _at_least_one(needed: Tensor | None) -> Tensor | None:
     needed = needed.clone()
     needed[0] = True
     return needed
-
-
-def _renumber(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct entries of ``index`` that are not -1, and ``index`` in numbers of them."""
-    held = index >= 0
-    rows, number = torch.unique(index[held], return_inverse=True)
-    numbers = torch.full_like(index, -1)
-    numbers[held] = number
-    return rows, numbers
 
 
 class _WithGradients(torch.autograd.Function):
@@ -365,15 +352,3 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         scaled = (None if gradient is None else grad_output * gradient for gradient in ctx.gradients)
         return (None, None, *scaled)
-
-
-def _unique_by_id(columns: Sequence[Tensor], ids: Tensor | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct rows (U, dim) of some columns, the number (columns, M) of each row among them, and their ids (U,)."""
-    rows = torch.cat(list(columns))
-    shape = (len(columns), len(columns[0]))
-    if ids is None:
-        number = torch.arange(len(rows), device=rows.device)
-        return rows, number.view(shape), number
-    check_shape(name, ids, shape if name == "document_ids" else shape[1:])
-    keys, number = torch.unique(ids.to(rows.device).flatten(), return_inverse=True)
-    return rows[first_of_each(number)], number.view(shape), keys

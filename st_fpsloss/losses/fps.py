@@ -11,15 +11,14 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_fpsloss.click_batch import ClickBatch, Direction, Duplicates, LogQ, Relevance
-from st_fpsloss.distributed import gather_counts
 from st_fpsloss.frequencies import FrequencyTable
-from st_fpsloss.known_positives import KnownPositives
-from st_fpsloss.losses.base import ClickLoss
-from st_fpsloss.losses.checks import Similarity, check_choice
+from st_fpsloss.losses.checks import Similarity
+from st_fpsloss.losses.popularity import PopularityCorrectedLoss
 from st_fpsloss.objectives import full_product_softmax
+from st_fpsloss.rows import Rows
 
 
-class FPSLoss(ClickLoss):
+class FPSLoss(PopularityCorrectedLoss):
     """Full product softmax: every document of the batch is a negative for every other query.
 
     Given clicks (query, document, relevance r), each query should tell its document from all other documents of the
@@ -118,43 +117,36 @@ class FPSLoss(ClickLoss):
             learn_bias=learn_bias,
             max_scale=max_scale,
             relevance=relevance,
+            duplicates=duplicates,
+            log_q=log_q,
+            frequencies=frequencies,
+            known_positives=known_positives,
             similarity=similarity,
             mini_batch_num_tokens=mini_batch_num_tokens,
             cache_gradients=cache_gradients,
             gather_across_devices=gather_across_devices,
         )
         self.directions = _check_directions(directions)
-        check_choice("duplicates", duplicates, get_args(Duplicates))
-        check_choice("log_q", log_q, (None, *get_args(LogQ)))
-        if log_q == "corrected" and duplicates == "keep":
-            raise ValueError("`log_q='corrected'` needs `duplicates='mask'`. With 'keep', use `log_q='standard'`.")
-        if known_positives is not None and duplicates == "keep":
-            raise ValueError("`known_positives` needs `duplicates='mask'`: 'keep' masks nothing.")
-        self.duplicates = duplicates
-        self.known_positives = None if known_positives is None else KnownPositives(model, known_positives)
-        self.log_q = log_q
-        self.frequencies = {"query": FrequencyTable(), "document": FrequencyTable(), **(frequencies or {})}
 
-    def needed_rows(self, relevance: Tensor, num_columns: int) -> list[Tensor | None]:
+    def needed_rows(self, relevance: Tensor, columns: Sequence[Rows]) -> list[Tensor | None]:
         """Queries of rows with r ≤ 0 ask nothing, and document to query knows no negative documents."""
         positive = relevance > 0
         if self.directions == ("query_to_doc",):
-            return [positive, *[None] * (num_columns - 1)]
+            return [positive, *[None] * (len(columns) - 1)]
         if self.directions == ("doc_to_query",):
-            return [None, positive, *[torch.zeros_like(positive)] * (num_columns - 2)]
-        return [None] * num_columns
+            return [None, positive, *[torch.zeros_like(positive)] * (len(columns) - 2)]
+        return [None] * len(columns)
 
     def observe(self, batch: ClickBatch) -> ClickBatch:
         """Add known positives; count the batch's rows and look up their log Q."""
-        if self.known_positives is not None:
-            batch = replace(batch, known_positives=self.known_positives.cells(batch.query_keys, batch.document_keys))
+        batch = super().observe(batch)
         if self.log_q is None:
             return batch
         query_log_q = document_log_q = None
         if "query_to_doc" in self.directions:
-            document_log_q = self._log_q("document", batch.document, batch.document_keys)
+            document_log_q = self.count_and_look_up("document", batch.document, batch.document_keys)
         if "doc_to_query" in self.directions:
-            query_log_q = self._log_q("query", batch.query, batch.query_keys)
+            query_log_q = self.count_and_look_up("query", batch.query, batch.query_keys)
         return replace(batch, query_log_q=query_log_q, document_log_q=document_log_q)
 
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
@@ -162,60 +154,15 @@ class FPSLoss(ClickLoss):
         alpha = self.logit_scale.exp()
         losses = []
         for direction in self.directions:
-            self._check_log_q(direction, batch)
+            self.check_log_q("document_log_q" if direction == "query_to_doc" else "query_log_q", batch)
             asking, answering = (queries, documents) if direction == "query_to_doc" else (documents, queries)
             anchors, targets = batch.softmax_targets(direction, self.relevance, self.duplicates, self.log_q)
             losses.append(full_product_softmax(asking[anchors], answering, alpha, targets))
         return torch.stack(losses).mean()
 
-    def export_state(self) -> dict[str, Any]:
-        """α, β and the frequency tables."""
-        if self.log_q is None:
-            return super().export_state()
-        return {
-            **super().export_state(),
-            "frequencies": {side: table.export_state() for side, table in self.frequencies.items()},
-        }
-
-    def import_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`export_state` gave."""
-        super().import_state(state)
-        for side, stored in state.get("frequencies", {}).items():
-            self.frequencies[side].import_state(stored)
-
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
-        return {
-            **super().get_config_dict(),
-            "directions": self.directions,
-            "duplicates": self.duplicates,
-            "log_q": self.log_q,
-        }
-
-    @property
-    def citation(self) -> str:
-        """BibTeX of what the loss builds on."""
-        return """
-@inproceedings{yi2019sampling,
-    title={Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations},
-    author={Yi, Xinyang and Yang, Ji and Hong, Lichan and Cheng, Derek Zhiyuan and Heldt, Lukasz and Kumthekar, Aditee and Zhao, Zhe and Wei, Li and Chi, Ed},
-    booktitle={Proceedings of the 13th ACM Conference on Recommender Systems},
-    year={2019},
-}
-"""  # noqa: E501
-
-    def _check_log_q(self, direction: Direction, batch: ClickBatch) -> None:
-        name = "document_log_q" if direction == "query_to_doc" else "query_log_q"
-        if self.log_q is not None and getattr(batch, name) is None:
-            raise ValueError(f"`{name}` is needed for `log_q={self.log_q!r}`: pass the log probability of each column.")
-
-    def _log_q(self, side: str, index: Tensor, keys: Tensor) -> Tensor:
-        table = self.frequencies[side]
-        if self.training and not table.frozen:
-            counts = torch.bincount(index[index >= 0], minlength=len(keys))
-            # Tables agree on all ranks: a batch that does not span them is counted on all of them all the same.
-            table.update(*(keys, counts) if self._gathers else gather_counts(keys, counts))
-        return table.log_q(keys)[index]
+        return {**super().get_config_dict(), "directions": self.directions}
 
 
 def _check_directions(directions: Sequence[Direction]) -> tuple[Direction, ...]:

@@ -6,13 +6,15 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import InputModule, Pooling, StaticEmbedding, Transformer
 from torch import nn
+
+from st_fpsloss.towers.checks import positive_int, probability
+from st_fpsloss.towers.features import Feature, checked_features
 
 # Where transformers keeps the list of layers: BERT, RoBERTa, MPNet | ModernBERT, Qwen | DistilBERT | BART-like
 # encoders | T5 | GPT-2.
@@ -40,7 +42,11 @@ class Tower:
         pooling: How token embeddings become one embedding: ``"mean"``, ``"cls"``, ``"max"``,
             ``"mean_sqrt_len_tokens"``, ``"weightedmean"`` or ``"lasttoken"``. Take the one that the transformer was
             trained with. StaticEmbedding pools by itself.
-        features: Side features of the input.
+        features: Side features of the input, fitted: :class:`Categorical`, :class:`Numerical`, :class:`Tags`,
+            :class:`History`. What they say is added to the text's embedding, at first nothing, before the hidden
+            layers; with ``transformer=None`` they are the input of the hidden layers. Their tables of embeddings start
+            from scratch: beside a pretrained transformer let them learn faster, by the training argument
+            ``learning_rate_mapping={"encoders": 1e-3}``.
         hidden_dims: Width of each hidden layer of the MLP; ``()`` is a linear tower.
         dropout: Probability with which training zeroes a unit of a hidden layer, or, without hidden layers, of the
             encoder's embedding.
@@ -58,19 +64,15 @@ class Tower:
     num_hidden_layers: int | None = None
     max_seq_length: int | None = None
     pooling: str = "mean"
-    features: Sequence[Any] = ()
+    features: Sequence[Feature] = ()
     hidden_dims: Sequence[int] = (512,)
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         _check_transformer(self.transformer)
-        if self.features:
-            raise ValueError(f"features={self.features!r}: side features are not supported yet; leave features=().")
+        object.__setattr__(self, "features", checked_features(self.features))
         if self.transformer is None:
-            raise ValueError(
-                "transformer=None leaves the tower without input: give a hub id, a folder, a Transformer or a "
-                "StaticEmbedding."
-            )
+            _check_featured(self)
         for name in ("num_hidden_layers", "max_seq_length"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, positive_int(name, getattr(self, name)))
@@ -78,20 +80,6 @@ class Tower:
             raise ValueError(f"pooling={self.pooling!r} is unknown: choose one of {', '.join(Pooling.POOLING_MODES)}.")
         object.__setattr__(self, "hidden_dims", _checked_hidden_dims(self.hidden_dims))
         object.__setattr__(self, "dropout", probability("dropout", self.dropout))
-
-
-def positive_int(name: str, value: object) -> int:
-    """Returns ``value`` as an int of at least 1; anything else is a ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-    return int(value)
-
-
-def probability(name: str, value: object) -> float:
-    """Returns ``value`` as a float in [0, 1); anything else is a ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
-        raise ValueError(f"{name}={value!r} must be a number from 0 to below 1.")
-    return float(value)
 
 
 def load_input_module(tower: Tower) -> InputModule:
@@ -168,6 +156,18 @@ def _check_transformer(transformer: object) -> None:
             raise ValueError("transformer is not in float32, as the layers on top of it are: call its .float() first.")
     elif not isinstance(transformer, (str, os.PathLike)) or not os.fspath(transformer):
         raise ValueError(f"transformer={transformer!r} is no input of a tower: {cure}")
+
+
+def _check_featured(tower: Tower) -> None:
+    """Refuses a tower without a transformer that has no features either, or settings for a transformer."""
+    if not tower.features:
+        raise ValueError(
+            "transformer=None leaves the tower without input: give a hub id, a folder, a Transformer, a "
+            "StaticEmbedding, or features."
+        )
+    for name in ("num_hidden_layers", "max_seq_length"):
+        if getattr(tower, name) is not None:
+            raise ValueError(f"{name}={getattr(tower, name)} needs a transformer, but transformer is None.")
 
 
 def _check_input_module(module: nn.Module, name: str) -> None:

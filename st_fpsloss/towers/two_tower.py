@@ -1,4 +1,4 @@
-"""Two-tower models out of sentence-transformers' own modules."""
+"""Two-tower models: out of sentence-transformers' own modules, and of ours where there are side features or a bias."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from torch import nn
 
-from st_fpsloss.towers.tower import Tower, freeze_unused_parameters, load_input_module, positive_int
+from st_fpsloss.towers.checks import positive_int
+from st_fpsloss.towers.document_bias import BiasDimension, DocumentBias
+from st_fpsloss.towers.feature_input import FeatureInput
+from st_fpsloss.towers.feature_modules import FeatureFusion
+from st_fpsloss.towers.tower import Tower, freeze_unused_parameters, load_input_module
 
 SIMILARITIES = ("dot", "cosine")
 
@@ -33,9 +37,12 @@ def two_tower(
     """Builds a two-tower model: one encoder for queries, one for documents, compared in one embedding space.
 
     The model is a stock ``Router`` with the routes ``"query"`` and ``"document"``, followed by ``Normalize`` if the
-    similarity is the cosine. It holds modules of sentence-transformers alone, so what ``save_pretrained`` writes loads
-    anywhere with ``SentenceTransformer(path)``. The same :class:`Tower` object for both sides is one shared encoder,
-    held and saved once.
+    similarity is the cosine. The same :class:`Tower` object for both sides is one shared encoder, held and saved once.
+
+    Without side features and document bias it holds modules of sentence-transformers alone, so what
+    ``save_pretrained`` writes loads anywhere with ``SentenceTransformer(path)``. With them it takes modules of this
+    package, and ``SentenceTransformer(path, trust_remote_code=True)`` where it is installed. An input then is a text,
+    or a dict with ``"text"`` and the names of the features.
 
     Training needs to know which column goes to which tower, and takes prompts by column as well::
 
@@ -49,8 +56,11 @@ def two_tower(
         document: The tower of ``encode_document``, and of ``encode`` without a task.
         embedding_dim: Size of the embeddings of both towers.
         similarity: ``"dot"`` or ``"cosine"``; saved with the model as its ``similarity_fn_name``.
-        document_bias: Give every document a score of its own on top of the dot product.
-        prompts: Text in front of every input, as ``{"query": "query: ", "document": "passage: "}``. ``encode_query``
+        document_bias: Give every document a learned score of its own on top of the dot product, for instance for how
+            popular it is (with in-batch negatives popularity cancels, unless the loss has ``log_q``). The embeddings
+            have one more dimension for it, the last: the score, and 1 for queries. So the dot product is exact in any
+            index; truncated embeddings lack it. Needs ``similarity="dot"``.
+        prompts: What is put in front of a text, as ``{"query": "query: ", "document": "passage: "}``. ``encode_query``
             and ``encode_document`` put it there by themselves; for training see above.
 
     Returns:
@@ -82,9 +92,13 @@ def two_tower(
 
     query_modules = _tower_modules(query, embedding_dim)
     document_modules = query_modules if document is query else _tower_modules(document, embedding_dim)
+    if document_bias:
+        document_modules = _with_bias(document_modules)
     modules: list[Module] = [Router.for_query_document(query_modules, document_modules)]
     if similarity == "cosine":
         modules.append(Normalize())
+    if document_bias:
+        modules.append(BiasDimension(embedding_dim))
     model = SentenceTransformer(
         modules=modules, prompts=None if prompts is None else dict(prompts), similarity_fn_name=similarity
     )
@@ -100,10 +114,22 @@ def _tower_modules(tower: Tower, embedding_dim: int) -> list[Module]:
 
 def _encoder_modules(tower: Tower) -> list[Module]:
     """Returns what turns an input into one embedding; its last module knows the embedding's size."""
+    if tower.transformer is None:
+        return [FeatureInput(tower.features)]
     module = load_input_module(tower)
-    if isinstance(module, StaticEmbedding) or module.module_output_name == "sentence_embedding":
-        return [module]
-    return [module, Pooling(module.get_embedding_dimension(), pooling_mode=tower.pooling)]
+    pooled = isinstance(module, StaticEmbedding) or module.module_output_name == "sentence_embedding"
+    pooling = [] if pooled else [Pooling(module.get_embedding_dimension(), pooling_mode=tower.pooling)]
+    if not tower.features:
+        return [module, *pooling]
+    first = FeatureInput(tower.features, module)
+    fusion = FeatureFusion(module.get_embedding_dimension(), first.feature_dim, tower.dropout)
+    return [first, *pooling, fusion]
+
+
+def _with_bias(modules: list[Module]) -> list[Module]:
+    """Returns the modules of a tower with the document's score, read in front of the layer to the embedding."""
+    feature_dim = modules[0].feature_dim if isinstance(modules[0], FeatureInput) else 0
+    return [*modules[:-1], DocumentBias(modules[-1].in_features, feature_dim), modules[-1]]
 
 
 def _mlp_modules(input_dim: int, tower: Tower, embedding_dim: int) -> list[Module]:
@@ -130,8 +156,6 @@ def _check_document_bias(document_bias: bool, similarity: str) -> None:
         raise ValueError(
             'document_bias=True needs similarity="dot": a cosine has no room for a score of the document\'s own.'
         )
-    if document_bias:
-        raise ValueError("document_bias=True is not supported yet; leave document_bias=False.")
 
 
 def _check_prompts(prompts: object) -> None:

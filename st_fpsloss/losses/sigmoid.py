@@ -1,0 +1,163 @@
+"""SigmoidLoss: every pair of a query and a document is a yes-or-no question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from st_fpsloss.click_batch import ClickBatch, Duplicates, Relevance
+from st_fpsloss.distributed import over_ranks
+from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.losses.checks import Similarity
+from st_fpsloss.negative_cells import sigmoid_targets
+from st_fpsloss.sigmoid_objective import sigmoid_over_cells
+
+
+class SigmoidLoss(ClickLoss):
+    """Pairwise sigmoid loss (SigLIP): each query is asked of each document of the batch whether it is its own.
+
+    ``-log σ(y (α R(q, d) + β))``, y = 1 for a click and -1 for every other cell of U Wᵀ,
+
+    the sum over the cells of every row's query with every document column of the batch, divided by the number of rows
+    with r > 0. A row with r ≤ 0 (shown, not clicked) has y = -1 on its own document as well. Unlike in a softmax no
+    cell depends on another, and β means something: it is the log odds of a cell at R = 0. There are many more noes
+    than yeses, so it starts low, and it is learned like α.
+
+    Args:
+        model: a two-tower model, as :func:`st_fpsloss.two_tower` makes it, or any SentenceTransformer.
+        scale: start of α; None for 1/0.07 with cosine and 1 with dot product.
+        bias: start of β; None for -ln(documents - 1) of the first training batch, which are the log odds of guessing.
+        learn_scale: learn α.
+        learn_bias: learn β.
+        max_scale: bound of α.
+        relevance: ``"mask"``: every row with r > 0 counts the same; ``"weight"``: the cells of a row are weighted by its
+            r (those of a row with r ≤ 0 by 1), and the sum is divided by the sum of r over rows with r > 0.
+        duplicates: ``"mask"``: a cell whose document is a positive of the query elsewhere in the batch is left out;
+            ``"keep"``: it counts as a no.
+        known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
+            no negatives of that query in any batch; needs ``duplicates="mask"``.
+        similarity: ``"dot"`` or ``"cosine"``; None takes the model's ``similarity_fn_name``.
+        mini_batch_num_tokens: padded tokens encoded at a time; None for 2048 on a CPU and 32768 on an accelerator.
+        cache_gradients: embed mini-batches without a graph first and once more in the backward pass, so that memory
+            does not grow with the batch (GradCache).
+        gather_across_devices: with several processes, ask every query of the documents of all of them.
+
+    Requirements:
+        1. Columns query, document and, if any, negative documents, in this order; with a two-tower model
+           ``router_mapping`` says which is which.
+        2. :class:`st_fpsloss.LossStateCallback` in the trainer, so that α and β are saved, resumed and logged.
+
+    Inputs:
+        +-------------------------------------------------+---------------------+
+        | Inputs                                          | Labels              |
+        +=================================================+=====================+
+        | (query, document) clicks                        | none, or relevance  |
+        +-------------------------------------------------+---------------------+
+        | (query, document, negative_1, ..., negative_n)  | none, or relevance  |
+        +-------------------------------------------------+---------------------+
+
+    Relations:
+        - :class:`FPSLoss` asks of the same cells which document is the query's own.
+
+    Raises:
+        ValueError: If an argument is none of its choices, or two do not go together.
+
+    Example:
+        >>> from st_fpsloss import SigmoidLoss, Tower, two_tower
+        >>> from st_fpsloss.towers import id_embedding
+        >>> model = two_tower(Tower(id_embedding(["red", "blue"], 8)), Tower(id_embedding(["rose", "sky"], 8)))
+        >>> loss = SigmoidLoss(model)
+        >>> queries = model.preprocess(["red", "blue"], task="query")
+        >>> documents = model.preprocess(["rose", "sky"], task="document")
+        >>> loss([queries, documents]).backward()
+        >>> loss.beta  # -ln(2 - 1)
+        0.0
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float | None = None,
+        bias: float | None = None,
+        learn_scale: bool = True,
+        learn_bias: bool = True,
+        max_scale: float = 100.0,
+        relevance: Relevance = "mask",
+        duplicates: Duplicates = "mask",
+        known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None = None,
+        similarity: Similarity | None = None,
+        mini_batch_num_tokens: int | None = None,
+        cache_gradients: bool = False,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            scale=scale,
+            bias=0.0 if bias is None else bias,
+            learn_scale=learn_scale,
+            learn_bias=learn_bias,
+            max_scale=max_scale,
+            relevance=relevance,
+            duplicates=duplicates,
+            known_positives=known_positives,
+            similarity=similarity,
+            mini_batch_num_tokens=mini_batch_num_tokens,
+            cache_gradients=cache_gradients,
+            gather_across_devices=gather_across_devices,
+        )
+        self._bias_is_set = bias is not None
+
+    def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
+        """Sum over the cells, divided by the rows with r > 0."""
+        targets = sigmoid_targets(batch, self.relevance, self.duplicates)
+        return sigmoid_over_cells(queries, documents, self.logit_scale.exp(), self._bias_for(batch), targets)
+
+    def _bias_for(self, batch: ClickBatch) -> Tensor:
+        """β; before the first training batch, what it would start at with this one."""
+        if self._bias_is_set:
+            return self.logit_bias
+        training = self.training and torch.is_grad_enabled()
+        num_documents = (batch.document >= 0).sum()
+        if training:  # ranks whose batches differ have to start at one β
+            num_documents = over_ranks(num_documents, "max")
+        start = -math.log(max(1, int(num_documents) - 1))
+        if not training:
+            return torch.full_like(self.logit_bias, start)
+        with torch.no_grad():
+            self.logit_bias.fill_(start)
+        self._bias_is_set = True
+        return self.logit_bias
+
+    def export_state(self) -> dict[str, Any]:
+        """α, β, and whether β has started."""
+        return {**super().export_state(), "bias_is_set": self._bias_is_set}
+
+    def import_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`export_state` gave."""
+        super().import_state(state)
+        self._bias_is_set = state["bias_is_set"]
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings for the model card."""
+        return {
+            **super().get_config_dict(),
+            "bias": round(self.beta, 4) if self._bias_is_set else None,
+            "learn_bias": self.logit_bias.requires_grad,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of what the loss builds on."""
+        return """
+@inproceedings{zhai2023sigmoid,
+    title={Sigmoid Loss for Language Image Pre-Training},
+    author={Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
+    booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
+    year={2023},
+}
+"""

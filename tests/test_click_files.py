@@ -1,0 +1,144 @@
+"""Files are read whole and in order, and one that is not what its name says is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import DatasetDict
+
+from st_fpsloss.clicks import load_clicks
+from tests.click_logs import CHOICE, LOADED, ROWS, refusal, write
+
+
+def test_files_of_one_kind_are_read_one_after_the_other(tmp_path: Path) -> None:
+    paths = [write(tmp_path / "one[1].csv", ROWS[:2]), str(write(tmp_path / ".two.csv", ROWS[2:]))]
+    assert list(load_clicks(paths, **CHOICE)) == LOADED
+    assert list(load_clicks(paths, **CHOICE, streaming=True)) == LOADED
+    assert load_clicks(paths, **CHOICE, streaming=True).num_shards == 2
+
+
+def test_jsonl_unites_the_keys_of_its_dicts_and_takes_numbers_of_any_size(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        '{"query": {"text": "a"}, "document": 18446744073709551615}\n\n'
+        '{"query": {"text": "b", "age": 3}, "document": "x9"}\n'
+    )
+    assert list(load_clicks(path)) == [
+        {"query": {"text": "a", "age": None}, "document": "18446744073709551615"},
+        {"query": {"text": "b", "age": 3}, "document": "x9"},
+    ]
+
+
+def test_dicts_of_several_files_are_united(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, query in zip(paths, [{"text": "a"}, {"text": "b", "age": 3}], strict=True):
+        path.write_text(json.dumps({"query": query, "document": "d"}))
+    assert load_clicks(paths)["query"][:] == [{"text": "a", "age": None}, {"text": "b", "age": 3}]
+
+
+# Files that are refused.
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("log.csv", ""), ("log.csv", "query,document\n"), ("log.tsv", "query\tdocument"), ("log.jsonl", "\n\n")],
+)
+def test_an_empty_file_is_refused(name: str, content: str, streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=refusal(name, "is empty", "at least one row")):
+        load_clicks(tmp_path / name, streaming=streaming)
+
+
+def test_dicts_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
+    rows = [{"query": {"text": "a", "age": 3}, "document": "b"}, {"query": {"text": "a", "age": "x"}, "document": "b"}]
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=refusal("column 'query' in lines 1 to 2 of log.jsonl", "one type")):
+        load_clicks(path)
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path, row in zip(paths, rows, strict=True):
+        path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=refusal("one.jsonl, two.jsonl", "one type")):
+        load_clicks(paths)
+
+
+def parquet_bytes(folder: Path) -> bytes:
+    return write(folder / "whole.parquet", ROWS).read_bytes()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("log.parquet", b"asked,item\na,b\n"),
+        ("log.parquet", None),  # Truncated; written in the test.
+        ("log.csv", b"PAR1\x15\x04\x15\x00"),
+        ("log.csv", b"\x1f\x8b\x08\x00" + bytes(range(256))),
+        ("log.csv", b"asked,item\na,b\n\xff\xfe\xfd,c\n"),
+        ("log.csv", "asked,item\na,b\n".encode("utf-16")),
+        ("log.csv", b"asked,item\na,b\nc\n"),
+        ("log.tsv", b"asked\titem\na\tb\tc\n"),
+        ("log.jsonl", b"asked,item\na,b\n"),
+        ("log.jsonl", b'["asked", "item"]\n'),
+        ("log.jsonl", b'{"asked": "a", "item": "b"}\n{"asked": "a", "it'),
+        ("log.jsonl", b"PAR1\x15\x04\x15\x00\xff"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused(
+    name: str, content: bytes | None, streaming: bool, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(parquet_bytes(tmp_path)[:-20] if content is None else content)
+    with pytest.raises(ValueError, match=refusal(name, f"cannot be read as {name[4:]}", "write it again")):
+        list(load_clicks(tmp_path / name, "asked", "item", streaming=streaming))
+
+
+def test_parquet_that_is_damaged_in_the_middle_is_refused(tmp_path: Path) -> None:
+    rows = [{"query": f"query number {number}", "document": "d"} for number in range(5_000)]
+    path = write(tmp_path / "log.parquet", rows)
+    content = bytearray(path.read_bytes())
+    content[4:2_000] = b"\xff" * 1_996
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=refusal("log.parquet", "cannot be read as parquet")):
+        load_clicks(path)
+
+
+def test_a_stream_of_jsonl_breaks_off_at_the_broken_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"query": "a", "document": "b"}\n{"query": "c", "document": "d"}\n{"query": ')
+    rows = iter(load_clicks(path, streaming=True))
+    assert [next(rows)["query"], next(rows)["query"]] == ["a", "c"]
+    with pytest.raises(ValueError, match="line 3 is no JSON"):
+        next(rows)
+
+
+def test_a_csv_header_with_one_name_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("query,document,query\na,b,c\n")
+    with pytest.raises(ValueError, match=refusal("query='query'", "2 columns of this name")):
+        load_clicks(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("log.txt", ["'log.txt'", "unknown suffix '.txt'", ".csv, .tsv, .parquet, .jsonl"]),
+        ("nowhere.csv", ["'nowhere.csv'", "is no file", "Check the path"]),
+        (["a.csv", "nowhere.csv"], ["'a.csv'", "is no file"]),
+        ([], ["source=[]", "at least one path"]),
+        (7, ["source=7", "int", "Pass a path"]),
+        ([7], ["source=[7]", "Pass a path"]),
+        (DatasetDict(), ["DatasetDict", "one split"]),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused(source: Any, parts: list[str]) -> None:
+    with pytest.raises(ValueError, match=refusal(*parts)):
+        load_clicks(source)
+
+
+def test_files_of_several_kinds_are_refused(tmp_path: Path) -> None:
+    paths = [write(tmp_path / "log.csv", ROWS), write(tmp_path / "log.tsv", ROWS)]
+    with pytest.raises(ValueError, match=refusal(".csv, .tsv", "Pass files of one kind")):
+        load_clicks(paths, **CHOICE)

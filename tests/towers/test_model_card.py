@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+from sentence_transformers.base.model_card import BaseModelCardData
+
+from st_fpsloss.towers import Tower, id_embedding, two_tower
+from tests.towers.conftest import IDS, columns, featured_model, features, train, words
+
+
+def card_of(model: SentenceTransformer, folder: Path) -> str:
+    model.save_pretrained(str(folder))
+    return (folder / "README.md").read_text()
+
+
+def snippet(card: str) -> str:
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+
+
+def run(code: str, folder: Path) -> dict:
+    """Runs the snippet as a reader would, on the saved folder; it prints what its comments say."""
+    held: dict = {}
+    exec(code.replace("sentence_transformers_model_id", str(folder)), held)
+    return held
+
+
+def check_runs(card: str, folder: Path, capsys: pytest.CaptureFixture) -> dict:
+    code = snippet(card)
+    assert code.count("trust_remote_code=True") == 1
+    capsys.readouterr()
+    held = run(code, folder)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tensor")]
+    assert f"# {printed[0]}" in code  # the scores in the card are those that the reader sees
+    return held
+
+
+def test_the_snippet_of_a_model_with_features_runs_as_it_stands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    held = check_runs(card_of(featured_model(), tmp_path), tmp_path, capsys)
+    assert held["queries"][0].keys() == {"seen", "age", "job"}
+    assert all(row.keys() == {"text", "item_id", "genres", "year"} for row in held["documents"])
+    assert held["similarities"].shape == (1, 3)
+
+
+def test_the_snippet_runs_where_one_tower_reads_text_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = two_tower(Tower(words()), Tower(id_embedding(IDS, 8), features=features()[1]), embedding_dim=8)
+    held = check_runs(card_of(model, tmp_path), tmp_path, capsys)
+    assert isinstance(held["queries"][0], str) and isinstance(held["documents"][0], dict)
+
+
+def test_the_snippet_of_a_text_model_with_a_bias_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = two_tower(Tower(words()), Tower(words()), embedding_dim=8, document_bias=True)
+    held = check_runs(card_of(model, tmp_path), tmp_path, capsys)
+    assert isinstance(held["queries"][0], str) and isinstance(held["documents"][0], str)
+
+
+def test_the_card_says_what_to_install_and_what_an_input_may_hold(tmp_path: Path) -> None:
+    card = card_of(featured_model(), tmp_path)
+    assert "pip install -U st-fpsloss" in card
+    assert "- `seen`: a list of ids, the newest last, at most 5 of them, 20 known values" in card
+    assert "- `genres`: a list of categories, 3 known values" in card
+    assert '"i17"' not in card  # no vocabulary, however the model is printed
+
+
+def test_a_trained_model_shows_inputs_of_its_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = featured_model()
+    data = columns()
+    data["query"][0] = {"seen": [f"i{n}" for n in range(20)], "age": 77, "job": None}
+    train(model, Dataset.from_dict(data), tmp_path / "out")
+    held = check_runs(card_of(model, tmp_path / "model"), tmp_path / "model", capsys)
+    assert held["queries"] == [{"seen": ["i15", "i16", "i17", "i18", "i19"], "age": 77}]
+    assert held["documents"][1] == data["document"][1]
+
+
+def test_a_loaded_model_keeps_its_card_and_a_new_name(tmp_path: Path) -> None:
+    card = card_of(featured_model(), tmp_path / "one")
+    again = SentenceTransformer(str(tmp_path / "one"), trust_remote_code=True)
+    assert card_of(again, tmp_path / "two") == card
+    again.model_card_data.model_id = "me/films"
+    assert 'SentenceTransformer("me/films", trust_remote_code=True)' in card_of(again, tmp_path / "three")
+
+
+def test_what_the_stock_card_was_told_is_kept(tmp_path: Path) -> None:
+    model = featured_model()
+    model.model_card_data.set_license("apache-2.0")
+    stock = SentenceTransformerModelCardData(license="mit", model_id="me/films")
+    built = SentenceTransformer(modules=list(model), model_card_data=stock)
+    card = card_of(built, tmp_path)
+    assert "license: mit" in card and 'SentenceTransformer("me/films", trust_remote_code=True)' in card
+
+
+def test_a_card_of_another_kind_is_left_alone() -> None:
+    class Own(SentenceTransformerModelCardData):
+        pass
+
+    own = Own()
+    assert SentenceTransformer(modules=list(featured_model()), model_card_data=own).model_card_data is own
+
+
+def test_a_text_model_keeps_the_stock_card() -> None:
+    model = two_tower(Tower(words()), Tower(words()))
+    assert type(model.model_card_data) is SentenceTransformerModelCardData
+    assert isinstance(featured_model().model_card_data, BaseModelCardData)
