@@ -3,15 +3,19 @@
 from st_fpsloss.callbacks import LossStateCallback, last_complete_checkpoint
 from st_fpsloss.evaluation import RetrievalEvaluator
 from st_fpsloss.index import DocumentIndex
-from st_fpsloss.losses import FPSLoss
+from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
 from st_fpsloss.towers import Tower, freeze_unused_parameters, two_tower
 
 __all__ = [
     "DocumentIndex",
     "FPSLoss",
     "LossStateCallback",
+    "PairCELoss",
     "RetrievalEvaluator",
+    "SampledSoftmaxLoss",
+    "SigmoidLoss",
     "Tower",
+    "TripletLoss",
     "freeze_unused_parameters",
     "last_complete_checkpoint",
     "two_tower",

@@ -11,7 +11,7 @@ allows keep their graph; the others are embedded without one and once more in th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -97,8 +97,8 @@ class BatchPlan:
 
 def encode(model: Encoder, plan: BatchPlan) -> Tensor:
     """Embeddings (N, dim) of the distinct rows, with the graph of all of them if gradients are on."""
-    encoder = _without_ddp(model)
-    embeddings = torch.cat([_embed(encoder, rows) for rows in plan.mini_batches])
+    with _no_sync(model):
+        embeddings = torch.cat([_embed(model, rows) for rows in plan.mini_batches])
     return _as_ddp_outputs(model, [embeddings])[0]
 
 
@@ -120,7 +120,6 @@ class CachedEncoding:
 
     def __init__(self, model: Encoder, plan: BatchPlan, kept_num_tokens: int) -> None:
         self._model = model
-        self._encoder = _without_ddp(model)
         self._plan = plan
         self._autocast = _AutocastState(plan.index.device.type)
         self._kept: dict[int, Tensor] = {}  # number of the mini-batch -> embeddings with their graph
@@ -132,8 +131,8 @@ class CachedEncoding:
             with_graph = route not in learns or (learns[route] and size <= kept_num_tokens)
             random_state = RandContext(*rows.tensors.values())
             # Autocast caches a cast weight with or without its graph, whichever comes first: no pass without one may.
-            with torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
-                embedded = _embed(self._encoder, rows)
+            with _no_sync(model), torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
+                embedded = _embed(model, rows)
             learns.setdefault(route, embedded.requires_grad)
             if embedded.requires_grad:
                 self._kept[number] = embedded
@@ -160,7 +159,7 @@ class CachedEncoding:
             raise RuntimeError("The gradient cache is empty: a loss can be backpropagated once.")
         self.embeddings.grad = None
         gradients = (grad_output * gradient).split(self._sizes)
-        distributed = self._encoder is not self._model
+        distributed = isinstance(self._model, DistributedDataParallel)
         if not distributed:  # kept mini-batches free their memory before others are replayed
             self._backward_kept(gradients)
         for number in self._to_replay:
@@ -177,8 +176,13 @@ class CachedEncoding:
         self._kept.clear()
 
     def _replay(self, number: int) -> Tensor:
-        with self._to_replay[number], torch.enable_grad(), self._autocast.restored(cache=True):
-            return _embed(self._encoder, self._plan.mini_batches[number])
+        with (
+            self._to_replay[number],
+            _no_sync(self._model),
+            torch.enable_grad(),
+            self._autocast.restored(cache=True),
+        ):
+            return _embed(self._model, self._plan.mini_batches[number])
 
 
 class _Attached(torch.autograd.Function):
@@ -217,23 +221,24 @@ class _Outputs(nn.Module):
         return outputs
 
 
-def _without_ddp(model: Encoder) -> Encoder:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def _no_sync(model: Encoder) -> AbstractContextManager[None]:
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
-    """Embeddings of several calls as the outputs of one forward pass of DistributedDataParallel.
+    """Embeddings of several calls under ``no_sync`` as the outputs of one forward pass of DistributedDataParallel.
 
-    Called for every mini-batch, DistributedDataParallel would broadcast buffers every time, which hangs where ranks
-    differ in the number of mini-batches, and with ``find_unused_parameters=True``, the trainer's default, take the
-    other tower for unused, which crashes. Told of all of them at once, it does neither.
+    At every call without ``no_sync``, DistributedDataParallel broadcasts buffers, which hangs where ranks differ in the
+    number of mini-batches, and with ``find_unused_parameters=True``, the trainer's default, takes the other tower for
+    unused, which crashes. Told of all mini-batches at once, it does neither.
     """
     if not isinstance(model, DistributedDataParallel) or not torch.is_grad_enabled():
         return embeddings
     module = model.module
     model.module = _Outputs(module)
     try:
-        return model(embeddings)
+        # Not model(...): MatryoshkaLoss puts a forward of its own into the model, for the calls with features.
+        return DistributedDataParallel.forward(model, embeddings)
     finally:
         model.module = module
 

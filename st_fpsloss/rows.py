@@ -165,10 +165,17 @@ def row_keys(model: SentenceTransformer, inputs: Sequence[Any], task: str | None
         task: the tower, ``"query"`` or ``"document"``.
         prompt: what the trainer's ``prompts`` puts before them.
     """
+    return torch.cat([rows.keys() for rows in preprocessed_rows(model, inputs, task, prompt)])
+
+
+def preprocessed_rows(
+    model: SentenceTransformer, inputs: Sequence[Any], task: str | None, prompt: str | None = None
+) -> Iterator[Rows]:
+    """Raw inputs, in chunks, as the trainer's collator would tokenize them; the arguments of :func:`row_keys`."""
     chunk = 4096
-    starts = tqdm(range(0, len(inputs), chunk), desc=f"Identify {task} rows", disable=len(inputs) <= chunk)
-    features = (model.preprocess(list(inputs[start : start + chunk]), prompt=prompt, task=task) for start in starts)
-    return torch.cat([Rows.from_features(part).keys() for part in features])
+    starts = tqdm(range(0, len(inputs), chunk), desc=f"Preprocess {task} rows", disable=len(inputs) <= chunk)
+    for start in starts:
+        yield Rows.from_features(model.preprocess(list(inputs[start : start + chunk]), prompt=prompt, task=task))
 
 
 def _metadata(name: str, value: Any) -> Hashable:
@@ -199,6 +206,8 @@ def _lengths(tensors: dict[str, Tensor]) -> Tensor:
         any_tensor = next(iter(tensors.values()))
         width = tokens.shape[1] if tokens is not None and tokens.ndim > 1 else 1
         return torch.full((len(any_tensor),), width, device=any_tensor.device)
+    if mask.shape[1] == 0:  # every text is empty
+        return torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
     # Position after the last token: padding on the left stays, since absolute positions depend on it.
     return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
 

@@ -27,6 +27,7 @@ def trainer(
     loss: Any = None,
     callback: bool = True,
     dataset: Any = None,
+    eval_dataset: Any = None,
     evaluator: Any = None,
     **arguments: Any,
 ) -> SentenceTransformerTrainer:
@@ -50,6 +51,7 @@ def trainer(
         model=model,
         args=SentenceTransformerTrainingArguments(output_dir=str(output_dir), **arguments),
         train_dataset=click_log() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
         loss=loss,
         evaluator=evaluator,
         callbacks=[LossStateCallback(loss)] if callback else None,

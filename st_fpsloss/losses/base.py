@@ -98,7 +98,7 @@ class ClickLoss(nn.Module, ABC):
         self.gather_across_devices = gather_across_devices
         self.scale_and_bias = ScaleAndBias(scale, bias, learn_scale, learn_bias)
         self.has_state_callback = False  # LossStateCallback sets it
-        self._routes_by_task = any(
+        self.routes_by_task = any(
             isinstance(module, Router) and {"query", "document"} <= set(module.sub_modules)
             for module in model.children()
         )
@@ -318,7 +318,7 @@ class ClickLoss(nn.Module, ABC):
                 f"{type(self).__name__} needs at least the columns query and document, but the data set has "
                 f"{len(columns)} input column(s)."
             )
-        if not self._routes_by_task:
+        if not self.routes_by_task:
             return
         for number, rows in enumerate(columns):
             task, wanted = rows.metadata.get("task"), "document" if number else "query"

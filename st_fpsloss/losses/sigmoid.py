@@ -35,8 +35,8 @@ class SigmoidLoss(ClickLoss):
         learn_scale: learn α.
         learn_bias: learn β.
         max_scale: bound of α.
-        relevance: ``"mask"``: every row with r > 0 counts the same; ``"weight"``: the cells of a row are weighted by its
-            r (those of a row with r ≤ 0 by 1), and the sum is divided by the sum of r over rows with r > 0.
+        relevance: ``"mask"``: every row with r > 0 counts the same; ``"weight"``: the cells of a row are weighted by
+            its r (those of a row with r ≤ 0 by 1), and the sum is divided by the sum of r over rows with r > 0.
         duplicates: ``"mask"``: a cell whose document is a positive of the query elsewhere in the batch is left out;
             ``"keep"``: it counts as a no.
         known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
@@ -125,7 +125,7 @@ class SigmoidLoss(ClickLoss):
         num_documents = (batch.document >= 0).sum()
         if training:  # ranks whose batches differ have to start at one β
             num_documents = over_ranks(num_documents, "max")
-        start = -math.log(max(1, int(num_documents) - 1))
+        start = math.log(1 / max(1, int(num_documents) - 1))
         if not training:
             return torch.full_like(self.logit_bias, start)
         with torch.no_grad():

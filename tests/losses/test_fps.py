@@ -9,23 +9,10 @@ import torch.nn.functional as F
 
 from st_fpsloss import FPSLoss
 from tests.losses import reference
+from tests.losses.agreement import random_batch
 from tests.losses.conftest import clicks, gradients, small_model
 
 MODEL = small_model()
-
-
-def random_batch(rows: int, negatives: int, seed: int):
-    """float64 embeddings per distinct id, ids with repeats, mixed r, and log Q."""
-    generator = torch.Generator().manual_seed(1000 * seed + rows)
-    num_queries, num_documents = max(1, rows // 2), max(1, rows * (1 + negatives) // 2)
-    query = torch.randint(num_queries, (rows,), generator=generator)
-    document = torch.randint(num_documents, (1 + negatives, rows), generator=generator)
-    r = torch.randint(0, 3, (rows,), generator=generator).double() / 2
-    U = torch.randn(num_queries, 6, generator=generator, dtype=torch.float64)
-    W = torch.randn(num_documents, 6, generator=generator, dtype=torch.float64)
-    query_log_q = torch.log_softmax(torch.randn(num_queries, generator=generator).double(), 0) - 0.5
-    document_log_q = torch.log_softmax(torch.randn(num_documents, generator=generator).double(), 0) - 0.5
-    return U, W, query, document, r, query_log_q[query], document_log_q[document]
 
 
 def ours(loss: FPSLoss, dtype: torch.dtype, U, W, query, document, r, query_log_q, document_log_q):

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss
+from tests.losses import reference
+from tests.losses.agreement import assert_agrees, random_batch
+from tests.losses.conftest import clicks, gradients, small_model
+
+MODEL = small_model()
+
+
+def formula(loss: SampledSoftmaxLoss, explicit: bool, document_log_q=None):
+    def value(U, W, alpha, beta, query, document, r):
+        return reference.sampled_softmax(
+            U, W, alpha, query, document, r, explicit, loss.duplicates, loss.relevance, loss.choice.hardest,
+            loss.log_q, None if document_log_q is None else document_log_q.to(U.dtype),
+        )  # fmt: skip
+
+    return value
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize(
+    ("duplicates", "log_q"),
+    [("keep", None), ("mask", None), ("keep", "standard"), ("mask", "standard"), ("mask", "corrected")],
+)
+@pytest.mark.parametrize("options", [dict(), dict(negatives="explicit"), dict(negatives="in_batch")], ids=str)
+def test_value_and_gradients_equal_the_float64_formula(options, duplicates, log_q, similarity):
+    for rows, negatives, seed in itertools.product([1, 6, 13], [0, 1, 3], [0, 1]):
+        loss = SampledSoftmaxLoss(
+            MODEL, scale=2.0, similarity=similarity, duplicates=duplicates, log_q=log_q,
+            relevance="weight" if seed else "mask", **options,
+        )  # fmt: skip
+        *batch, _, document_log_q = random_batch(rows, negatives, seed)
+        explicit = options.get("negatives") == "explicit" or (not options and negatives > 0)
+        given = {"document_log_q": document_log_q} if log_q else {}
+        assert_agrees(loss, formula(loss, explicit, document_log_q), batch, **given)
+
+
+@pytest.mark.parametrize("duplicates", ["keep", "mask"])
+@pytest.mark.parametrize("hardest", [1, 4, 100])
+def test_the_hardest_negatives_equal_the_float64_formula(hardest, duplicates):
+    for rows, negatives in itertools.product([1, 6, 13], [0, 2]):
+        loss = SampledSoftmaxLoss(MODEL, scale=2.0, hardest=hardest, duplicates=duplicates)
+        assert_agrees(loss, formula(loss, explicit=False), random_batch(rows, negatives, 2)[:5])
+
+
+def test_it_is_cross_entropy_over_the_positive_and_the_rows_own_negatives():
+    U, W, *N = torch.randn(5, 6, 4)
+    logits = torch.stack([(U * column).sum(1) for column in (W, *N)], dim=1)
+    loss = SampledSoftmaxLoss(MODEL, scale=1.0, similarity="dot")
+    expected = F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))
+    torch.testing.assert_close(loss.compute_loss_from_embeddings([U, W, *N]), expected)
+
+
+def test_in_batch_it_is_the_full_product_softmax():
+    *batch, _, _ = random_batch(12, 1, 0)
+    U, W, query, document, r = batch
+    inputs = [U[query], *W[document]], r, query, document
+    in_batch = SampledSoftmaxLoss(MODEL, negatives="in_batch").compute_loss_from_embeddings(*inputs)
+    torch.testing.assert_close(in_batch, FPSLoss(MODEL).compute_loss_from_embeddings(*inputs))
+
+
+def test_with_one_negative_it_is_pair_ce():
+    inputs = list(torch.randn(3, 6, 4))
+    softmax, pairs = (kind(MODEL).compute_loss_from_embeddings(inputs) for kind in (SampledSoftmaxLoss, PairCELoss))
+    torch.testing.assert_close(softmax, pairs)
+
+
+@pytest.mark.parametrize("extreme", [-200.0, 200.0])
+def test_certain_rows_have_finite_gradients(extreme):
+    U, W, N = (torch.ones(2, 1), torch.full((2, 1), extreme), torch.full((2, 1), -extreme))
+    leaves = [tensor.requires_grad_() for tensor in (U, W, N)]
+    value = SampledSoftmaxLoss(MODEL, scale=100.0, similarity="dot").compute_loss_from_embeddings(leaves)
+    value.backward()
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("log_q", ["standard", "corrected"])
+def test_with_enough_samples_the_corrected_gradient_is_that_of_the_whole_catalogue(log_q):
+    torch.manual_seed(0)
+    catalogue, q = torch.randn(30, 4).double(), torch.softmax(torch.randn(30).double(), 0)
+    positive, rows = torch.tensor(3), 8
+    query = torch.randn(4).double()
+
+    def gradient(num_samples, corrected):
+        u = query.clone().requires_grad_()
+        others = q.clone()
+        others[positive] = 0  # a known positive is not drawn again
+        generator = torch.Generator().manual_seed(num_samples)
+        drawn = torch.multinomial(others, rows * num_samples, replacement=True, generator=generator)
+        columns = torch.cat([positive.expand(1, rows), drawn.view(num_samples, rows)])
+        loss = SampledSoftmaxLoss(
+            MODEL, scale=1.0, similarity="dot", negatives="explicit", duplicates="mask", log_q=corrected
+        )
+        given = {} if corrected is None else {"document_log_q": q.log()[columns]}
+        value = loss.compute_loss_from_embeddings(
+            [u.expand(rows, 4), *catalogue[columns]], document_ids=columns, **given
+        )
+        return torch.autograd.grad(value, u)[0]
+
+    u = query.clone().requires_grad_()
+    exact = torch.autograd.grad(F.cross_entropy((u @ catalogue.T)[None], positive[None]), u)[0]
+    errors = [((gradient(n, log_q) - exact).norm() / exact.norm()).item() for n in (50, 5000)]
+    uncorrected = (gradient(5000, None) - exact).norm() / exact.norm()
+    if log_q == "corrected":
+        assert errors[1] < 0.02 < errors[0] or errors[1] < errors[0] / 3
+    assert errors[1] < uncorrected
+
+
+def test_log_q_is_counted_from_the_negative_columns_where_these_are_explicit():
+    model = small_model()
+    loss = SampledSoftmaxLoss(model, log_q="corrected", scale=1.0)
+    features, ids = clicks(model, 12, num_negatives=2)
+    value = loss(features())
+    assert loss.frequencies["document"].total == 24
+    counts = torch.bincount(ids[2:].flatten(), minlength=int(ids.max()) + 1)
+    num_documents = len(ids[1:].unique())
+    log_q = torch.log((counts + 1) / (counts.sum() + num_documents))[ids[1:]]
+    embeddings = [model(column)["sentence_embedding"] for column in features()]
+    expected = loss.compute_loss_from_embeddings(
+        embeddings, query_ids=ids[0], document_ids=ids[1:], document_log_q=log_q
+    )
+    torch.testing.assert_close(value, expected)
+
+
+TEXTS = [["quick fox", "lazy dog", "quick fox"], ["seven wizards", "potent elixirs", "moonlit towers"]]
+CATALOGUE = ["seven wizards", "brown fox jumps over a lazy dog", "potent elixirs", "moonlit towers", "brew"]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(cache_gradients=True, mini_batch_num_tokens=12)], ids=str)
+def test_over_a_catalogue_it_is_the_softmax_over_all_documents(options):
+    model = small_model()
+    features = [model.preprocess(texts, task=task) for texts, task in zip(TEXTS, ("query", "document"), strict=True)]
+    model.zero_grad()
+    u = model(dict(features[0]))["sentence_embedding"]
+    w = model(model.preprocess(CATALOGUE, task="document"))["sentence_embedding"]
+    expected = F.cross_entropy(u @ w.T, torch.tensor([0, 2, 3]))
+    expected.backward()
+    plain = gradients(model, None)
+    model.zero_grad()
+    loss = SampledSoftmaxLoss(model, catalogue=CATALOGUE, scale=1.0, **options)
+    value = loss(features)
+    value.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients(model, loss), plain, rtol=1e-4, atol=1e-6)
+
+
+def test_each_document_of_the_catalogue_is_encoded_once_a_step():
+    model = small_model()
+    encoded = []
+    route = model[0].sub_modules["document"][0]
+    route.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0]["input_ids"])))
+    features = [model.preprocess(texts, task=task) for texts, task in zip(TEXTS, ("query", "document"), strict=True)]
+    SampledSoftmaxLoss(model, catalogue=CATALOGUE)(features)
+    assert sum(encoded) == len(CATALOGUE)
+
+
+def test_a_catalogue_with_the_trainers_prompt():
+    model = small_model()
+    features = [
+        model.preprocess(texts, task=task, prompt="over ")
+        for texts, task in zip(TEXTS, ("query", "document"), strict=True)
+    ]
+    value = SampledSoftmaxLoss(model, catalogue=CATALOGUE, catalogue_prompt="over ")(features)
+    assert torch.isfinite(value)
+    with pytest.raises(ValueError, match="pass it as `catalogue_prompt`"):
+        SampledSoftmaxLoss(model, catalogue=CATALOGUE)(features)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SampledSoftmaxLoss(MODEL, negatives="sampled"), "`negatives`"),
+        (lambda: SampledSoftmaxLoss(MODEL, hardest=3, log_q="standard"), "`hardest` does not draw"),
+        (lambda: SampledSoftmaxLoss(MODEL, log_q="corrected", duplicates="keep"), "use `log_q='standard'`"),
+        (lambda: SampledSoftmaxLoss(MODEL, catalogue=[]), "`catalogue` is empty"),
+        (lambda: SampledSoftmaxLoss(MODEL, catalogue=["a"], hardest=3), "`hardest` has no part"),
+        (lambda: SampledSoftmaxLoss(MODEL, catalogue=["a"], gather_across_devices=True), "`gather_across_devices`"),
+        (
+            lambda: SampledSoftmaxLoss(MODEL, catalogue=["brew"])(clicks(MODEL, 4)[0]()),
+            "`catalogue` lacks the document of row 0",
+        ),
+        (
+            lambda: SampledSoftmaxLoss(MODEL, negatives="explicit")(clicks(MODEL, 4)[0]()),
+            "needs columns of negative documents",
+        ),
+        (
+            lambda: SampledSoftmaxLoss(MODEL, log_q="standard").compute_loss_from_embeddings([torch.ones(2, 3)] * 3),
+            "`document_log_q` is needed",
+        ),
+    ],
+)
+def test_wrong_input_is_refused_with_its_cure(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
