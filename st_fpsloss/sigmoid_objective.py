@@ -74,9 +74,9 @@ def sigmoid_over_cells(
 
 class _SigmoidOverCells(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # type: ignore[no-untyped-def]
         ctx, queries: Tensor, documents: Tensor, alpha: Tensor, beta: Tensor, targets: SigmoidTargets
-    ) -> Tensor:  # type: ignore[no-untyped-def]
+    ) -> Tensor:
         need_gradient = any(ctx.needs_input_grad)
         loss, d_beta = queries.new_zeros(()), queries.new_zeros(())
         d_queries = torch.zeros_like(queries) if need_gradient else None

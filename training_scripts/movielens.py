@@ -47,7 +47,7 @@ class Options:
 
     output_dir: Path = field(default=Path("runs/movielens"), metadata={"help": "receives model, index, metrics, plot"})
     cache_dir: Path | None = field(default=None, metadata={"help": "keeps the data; default ~/.cache/st_fpsloss"})
-    epochs: int = field(default=12, metadata={"help": "passes over the 97,171 training pairs"})
+    epochs: int = field(default=6, metadata={"help": "passes over the 97,171 training pairs"})
     batch_size: int = field(default=512, metadata={"help": "clicks in a batch, negatives of each other"})
     max_history: int = field(default=10, metadata={"help": "a query is the user's last so many films"})
     learning_rate: float = field(default=1e-3, metadata={"help": "of the encoders"})

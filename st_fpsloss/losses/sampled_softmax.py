@@ -207,9 +207,10 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
         positive, negative = cell_logits(queries, documents, alpha, positives, cells)
         negative = negative + cells.count.log()
         if self.log_q is not None and batch.document_log_q is not None and cells.column is not None:
-            negative = negative - batch.document_log_q[cells.column[0], cells.column[1]]
+            log_q = batch.document_log_q.to(negative.dtype)
+            negative = negative - log_q[cells.column[0], cells.column[1]]
             if self.log_q == "standard":
-                positive = positive - batch.document_log_q[0, positives.row]
+                positive = positive - log_q[0, positives.row]
             else:
                 num_negatives = torch.bincount(cells.positive, minlength=len(positive)).to(negative.dtype)
                 offset = batch.log_unmasked_q()[positives.query] - num_negatives.log()

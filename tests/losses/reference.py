@@ -113,7 +113,7 @@ def pairwise(
         if hardest is not None:
             gaps = gaps.sort().values[:hardest]
         if semi_hard is not None:
-            gaps = gaps[(gaps > 0) & (gaps < semi_hard)]
+            gaps = gaps[(gaps > 1e-6) & (gaps < semi_hard)]  # the same document twice has the gap 0, up to rounding
         weight = float(r[i]) if relevance == "weight" else 1.0
         total, weight_sum = total + weight * pair_loss(gaps).sum(), weight_sum + weight * len(gaps)
     return total / weight_sum if weight_sum else total
