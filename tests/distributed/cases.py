@@ -26,7 +26,7 @@ LOSSES: dict[str, tuple[type[ClickLoss], dict[str, Any]]] = {
     "full product softmax": (FPSLoss, {}),
     "sampled softmax": (SampledSoftmaxLoss, {}),
     "sampled softmax, in-batch": (SampledSoftmaxLoss, {"negatives": "in_batch"}),
-    "sampled softmax, hardest": (SampledSoftmaxLoss, {"negatives": "in_batch", "hardest": 2}),
+    "sampled softmax, hardest": (SampledSoftmaxLoss, {"negatives": "in_batch", "hardest": 2, "log_q": None}),
     "sampled softmax, catalogue": (SampledSoftmaxLoss, {"catalogue": DOCUMENTS, "log_q": None}),
     "pairs": (PairCELoss, {}),
     "pairs, hardest": (PairCELoss, {"negatives": "in_batch", "hardest": 2}),
