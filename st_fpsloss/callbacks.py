@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,9 +25,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from st_fpsloss.distributed import world_size
 from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.negatives import redraw
 from st_fpsloss.towers import freeze_unused_parameters
 
 logger = logging.getLogger(__name__)
+
+# How `accelerate launch` asks for it; the training arguments do not say.
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
 class LossStateCallback(TrainerCallback, ExportableState):
@@ -100,11 +105,11 @@ class LossStateCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Check the setting, and freeze what no gradient reaches."""
-        if args.deepspeed or args.fsdp:
+        if args.deepspeed or args.fsdp or any(os.environ.get(name, "").lower() == "true" for name in _SHARDING):
             raise ValueError(
                 "The losses of st_fpsloss support one process and DistributedDataParallel. FSDP and DeepSpeed shard "
-                "the encoders that a loss replays and do not reduce the loss's own parameters; train without "
-                f"{'`deepspeed`' if args.deepspeed else '`fsdp`'}."
+                "the encoders that a loss replays and do not reduce the loss's own parameters; train without `fsdp` "
+                "and `deepspeed`, in the training arguments as in the configuration of `accelerate launch`."
             )
         frozen = [] if model is None else freeze_unused_parameters(model)
         if frozen:
@@ -125,6 +130,13 @@ class LossStateCallback(TrainerCallback, ExportableState):
             )
             return
         self._restore(stored)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the negatives of :func:`st_fpsloss.negatives.with_negatives` anew."""
+        if kwargs.get("train_dataloader") is not None:
+            redraw(kwargs["train_dataloader"].dataset, int(state.epoch or 0))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.autonotebook import tqdm
@@ -162,7 +163,7 @@ def row_keys(model: SentenceTransformer, inputs: Sequence[Any], task: str | None
     Args:
         model: the model whose input module preprocesses them.
         inputs: strings, or dicts with text and features.
-        task: the tower, ``"query"`` or ``"document"``.
+        task: the tower, ``"query"`` or ``"document"``; of no account in a model without towers.
         prompt: what the trainer's ``prompts`` puts before them.
     """
     return torch.cat([rows.keys() for rows in preprocessed_rows(model, inputs, task, prompt)])
@@ -173,9 +174,17 @@ def preprocessed_rows(
 ) -> Iterator[Rows]:
     """Raw inputs, in chunks, as the trainer's collator would tokenize them; the arguments of :func:`row_keys`."""
     chunk = 4096
+    task = task if routes_by_task(model) else None
     starts = tqdm(range(0, len(inputs), chunk), desc=f"Preprocess {task} rows", disable=len(inputs) <= chunk)
     for start in starts:
         yield Rows.from_features(model.preprocess(list(inputs[start : start + chunk]), prompt=prompt, task=task))
+
+
+def routes_by_task(model: SentenceTransformer) -> bool:
+    """Whether a model has a tower for queries and one for documents."""
+    return any(
+        isinstance(module, Router) and {"query", "document"} <= set(module.sub_modules) for module in model.children()
+    )
 
 
 def _metadata(name: str, value: Any) -> Hashable:

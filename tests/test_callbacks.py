@@ -191,6 +191,13 @@ def test_fsdp_is_refused_before_training(tmp_path):
         LossStateCallback(training.loss).on_init_end(training.args, training.state, training.control)
 
 
+def test_fsdp_of_accelerate_launch_is_refused_before_training(tmp_path, monkeypatch):
+    training = trainer(tmp_path, callback=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate launch"):
+        LossStateCallback(training.loss).on_init_end(training.args, training.state, training.control)
+
+
 def test_a_pushed_checkpoint_carries_alpha(tmp_path, monkeypatch):
     """The hub cannot be reached here: what would be uploaded is copied aside when it would be."""
     import transformers.trainer as trainer_module

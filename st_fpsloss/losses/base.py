@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
@@ -29,7 +28,7 @@ from st_fpsloss.losses.checks import (
     similarity_of,
 )
 from st_fpsloss.losses.encoded_clicks import EncodedClicks, unique_by_id
-from st_fpsloss.rows import Features, Rows
+from st_fpsloss.rows import Features, Rows, routes_by_task
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +97,7 @@ class ClickLoss(nn.Module, ABC):
         self.gather_across_devices = gather_across_devices
         self.scale_and_bias = ScaleAndBias(scale, bias, learn_scale, learn_bias)
         self.has_state_callback = False  # LossStateCallback sets it
-        self.routes_by_task = any(
-            isinstance(module, Router) and {"query", "document"} <= set(module.sub_modules)
-            for module in model.children()
-        )
+        self._routes_by_task = routes_by_task(model)
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -171,8 +167,7 @@ class ClickLoss(nn.Module, ABC):
         relevance = check_relevance(labels, len(columns[0]), columns[0].lengths.device, torch.float32)
         num_tokens = self._num_tokens(relevance.device)
         needed = self.needed_rows(relevance, columns)
-        if world_size() > 1:
-            needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
+        needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
         for rows, wanted in self.further_documents(len(relevance)):
             columns.append(rows)
             needed.append(wanted)
@@ -318,7 +313,7 @@ class ClickLoss(nn.Module, ABC):
                 f"{type(self).__name__} needs at least the columns query and document, but the data set has "
                 f"{len(columns)} input column(s)."
             )
-        if not self.routes_by_task:
+        if not self._routes_by_task:
             return
         for number, rows in enumerate(columns):
             task, wanted = rows.metadata.get("task"), "document" if number else "query"
@@ -331,7 +326,7 @@ class ClickLoss(nn.Module, ABC):
 
 
 def _at_least_one(needed: Tensor | None) -> Tensor | None:
-    """DistributedDataParallel waits for every tower on every rank: a batch must not skip one."""
+    """No batch may skip a tower: DistributedDataParallel waits for every one, and a loss needs a graph to hang on."""
     if needed is None or bool(needed.any()):
         return needed
     needed = needed.clone()

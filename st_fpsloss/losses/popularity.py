@@ -49,15 +49,20 @@ class PopularityCorrectedLoss(ClickLoss):
             index: numbers of rows, of any shape; -1 where there is none.
             keys: (N,) int64 identity of each numbered row.
             drawn: the part of ``index`` that was drawn by the distribution that Q is to be.
+
+        Returns:
+            log Q in the shape of ``index``; 0 where there is none.
         """
         table = self.frequencies[side]
         # The trainer evaluates without gradients, but leaves the loss in training mode.
         if self.training and torch.is_grad_enabled() and not table.frozen:
             seen = index[drawn]
             counts = torch.bincount(seen[seen >= 0], minlength=len(keys))
+            counted = keys[counts > 0], counts[counts > 0]
             # Tables agree on all ranks: a batch that does not span them is counted on all of them all the same.
-            table.update(*(keys, counts) if self._gathers else gather_counts(keys, counts))
-        return table.log_q(keys)[index]
+            table.update(*counted if self._gathers else gather_counts(*counted))
+        log_q = table.log_q(keys)
+        return torch.cat([log_q, log_q.new_zeros(1)])[index]  # the entry after the last is found at -1
 
     def check_log_q(self, name: str, batch: ClickBatch) -> None:
         """Raise a ValueError if the log Q that is to be corrected for is not there."""

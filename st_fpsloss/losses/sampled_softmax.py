@@ -139,10 +139,8 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
                 hardest=hardest,
                 log_q=log_q,
                 known_positives=known_positives,
-                gather_across_devices=gather_across_devices or None,
             )
-            task = "document" if self.routes_by_task else None
-            self.catalogue = Catalogue(model, catalogue, task, catalogue_prompt)
+            self.catalogue = Catalogue(model, catalogue, catalogue_prompt)
 
     def check_batch(self, num_columns: int, labels: Tensor | None) -> None:
         """Explicit negatives need columns, or rows that were shown and not clicked."""
@@ -158,7 +156,9 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
 
     def further_documents(self, num_rows: int) -> list[tuple[Rows, Tensor]]:
         """The catalogue."""
-        return [] if self.catalogue is None else self.catalogue.columns(num_rows, self.logit_scale.device)
+        if self.catalogue is None:
+            return []
+        return self.catalogue.columns(num_rows, self.logit_scale.device, same_on_all_ranks=self._gathers)
 
     def observe(self, batch: ClickBatch) -> ClickBatch:
         """Add known positives and log Q; check that the catalogue has every positive."""
@@ -193,6 +193,7 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
     def _over_all(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
         """Softmax over all distinct documents, each standing in the sum once."""
         positives = Positives.of(batch, self.relevance)
+        positives = positives.select(positives.is_own(batch))
         anchors, anchor = torch.unique(positives.query, return_inverse=True)
         targets = SoftmaxTargets(
             anchor, positives.document, positives.weight, candidate_log_weight=documents.new_zeros(len(documents))

@@ -1,0 +1,89 @@
+"""Inputs as numbers: which rows of a data set hold the same query or document, be they strings or dicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+LABEL_COLUMNS = ("label", "labels", "score", "scores")
+"""Columns that sentence-transformers' collator takes for the label."""
+
+
+def spelling(value: Any) -> str:
+    """One string for one input: the string itself, or a dict's JSON without its missing features.
+
+    Example:
+        >>> spelling({"text": "a film", "year": None}) == spelling({"year": None, "text": "a film"})
+        True
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        present = {name: _plain(part) for name, part in value.items() if part is not None}
+        return "\0" + json.dumps(present, sort_keys=True, ensure_ascii=False, default=lambda other: other.tolist())
+    return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that are equal, spelled alike: a table's column may hold 3 as 3.0."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def spellings(dataset: Dataset, column: str) -> list[str]:
+    """The spelling of every row of a column."""
+    values = dataset.data.column(column)
+    if dataset._indices is not None:
+        values = values.take(dataset._indices.column(0))
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        return values.to_pylist()
+    return [spelling(value) for value in dataset.with_format(None)[column]]
+
+
+def codes(spelled: Iterable[str], known: Mapping[str, int] | None = None) -> tuple[np.ndarray, dict[str, int]]:
+    """A number for each spelling: that in ``known``, the others counted on from there.
+
+    Returns:
+        (codes, known): (N,) int64, and spelling -> number.
+    """
+    number_of = dict(known or {})
+    numbers = [number_of.setdefault(text, len(number_of)) for text in spelled]
+    return np.array(numbers, dtype=np.int64), number_of
+
+
+def is_positive(dataset: Dataset) -> np.ndarray:
+    """Rows, (N,) bool, with r > 0; all of them without a label."""
+    for name in LABEL_COLUMNS:
+        if name in dataset.column_names:
+            return np.asarray(dataset.with_format(None)[name][:], dtype=np.float64) > 0
+    return np.ones(len(dataset), dtype=bool)
+
+
+def pairs_of(
+    known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
+) -> tuple[list[str], list[str]]:
+    """Spellings of the queries and of the documents of known pairs."""
+    if known_positives is None:
+        return [], []
+    if isinstance(known_positives, Mapping):
+        pairs = [(query, document) for query, documents in known_positives.items() for document in documents]
+    else:
+        pairs = list(known_positives)
+    return [spelling(query) for query, _ in pairs], [spelling(document) for _, document in pairs]
+
+
+def check_columns(dataset: Dataset, columns: Sequence[str], argument: str = "clicks") -> None:
+    """Raise a ValueError unless the argument is a data set with these columns."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"`{argument}` must be a datasets.Dataset, got {type(dataset).__name__}.")
+    missing = [column for column in columns if column not in dataset.column_names]
+    if missing:
+        raise ValueError(f"`{argument}` has no column {missing[0]!r}; its columns are {dataset.column_names}.")
+    if not len(dataset):
+        raise ValueError(f"`{argument}` is empty. Pass a data set with at least one row.")
