@@ -4,16 +4,20 @@ from st_fpsloss.callbacks import LossStateCallback, last_complete_checkpoint
 from st_fpsloss.evaluation import RetrievalEvaluator
 from st_fpsloss.index import DocumentIndex
 from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
-from st_fpsloss.towers import Tower, freeze_unused_parameters, two_tower
+from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, freeze_unused_parameters, two_tower
 
 __all__ = [
+    "Categorical",
     "DocumentIndex",
     "FPSLoss",
+    "History",
     "LossStateCallback",
+    "Numerical",
     "PairCELoss",
     "RetrievalEvaluator",
     "SampledSoftmaxLoss",
     "SigmoidLoss",
+    "Tags",
     "Tower",
     "TripletLoss",
     "freeze_unused_parameters",
