@@ -67,26 +67,18 @@ class BatchPlan:
         num_rows = 0
         for route, numbers in enumerate(_by_route(parts)):
             wanted = [_positions(needed[number], sizes[0], index.device) for number in numbers]
-            stacked = Rows.stack(
-                [
-                    parts[number] if len(rows) == sizes[0] else parts[number].select(rows)
-                    for number, rows in zip(numbers, wanted, strict=True)
-                ]
-            )
+            chosen = [
+                parts[number] if len(rows) == sizes[0] else parts[number].select(rows)
+                for number, rows in zip(numbers, wanted, strict=True)
+            ]
+            stacked = Rows.stack(chosen)
             first, inverse, row_keys = stacked.unique()
-            # A bag of tokens has neither padding nor activations, and the gradient of each call is a whole table.
-            batches = (
-                [torch.arange(len(first), device=first.device)]
-                if stacked.bag
-                else _sorted_mini_batches(stacked.lengths[first], mini_batch_num_tokens)
-            )
-            batches = [batch for batch in batches if len(batch)]
+            batches = _mini_batches(stacked, first, mini_batch_num_tokens)
             order = torch.cat(batches) if batches else first
             position = torch.empty_like(order)
             position[order] = torch.arange(len(order), device=order.device) + num_rows
-            for number, rows, found in zip(
-                numbers, wanted, position[inverse].split([len(w) for w in wanted]), strict=True
-            ):
+            of_column = position[inverse].split([len(rows) for rows in wanted])
+            for number, rows, found in zip(numbers, wanted, of_column, strict=True):
                 index[number, rows] = found
             mini_batches += [stacked.select(first[batch]) for batch in batches]
             route_of += [route] * len(batches)
@@ -261,6 +253,14 @@ def _by_route(parts: Sequence[Rows]) -> Iterator[list[int]]:
 
 def _positions(needed: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
     return torch.arange(num_rows, device=device) if needed is None else needed.nonzero().flatten()
+
+
+def _mini_batches(rows: Rows, distinct: Tensor, num_tokens: int) -> list[Tensor]:
+    """Positions among the ``distinct`` rows of a tower, cut into mini-batches; none where there are no rows."""
+    if rows.bag and len(distinct):
+        # A bag of tokens has neither padding nor activations, and the gradient of each call is a whole table.
+        return [torch.arange(len(distinct), device=distinct.device)]
+    return _sorted_mini_batches(rows.lengths[distinct], num_tokens)
 
 
 def _sorted_mini_batches(lengths: Tensor, num_tokens: int) -> list[Tensor]:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss.index import DocumentIndex
-from st_fpsloss.input_codes import check_columns, codes, is_positive, pairs_of, spelling, spellings
+from st_fpsloss.input_codes import check_columns, codes, is_positive, spelled_pairs_of, spelling, spellings
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _positive_ids(
     positives: dict[int, set[Any]] = defaultdict(set)
     for row in np.flatnonzero(asks).tolist():
         positives[int(query_of_row[row])].update(ids_of.get(documents[row], []))
-    for text, document in zip(*pairs_of(known_positives), strict=True):
+    for text, document in zip(*spelled_pairs_of(known_positives), strict=True):
         if text in number_of:
             positives[number_of[text]].update(ids_of.get(document, []))
     return positives

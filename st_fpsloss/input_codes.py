@@ -67,15 +67,23 @@ def is_positive(dataset: Dataset) -> np.ndarray:
 
 def pairs_of(
     known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
-) -> tuple[list[str], list[str]]:
-    """Spellings of the queries and of the documents of known pairs."""
+) -> tuple[list[Any], list[Any]]:
+    """The queries and the documents of known pairs, given as query -> documents or as an iterable of pairs."""
     if known_positives is None:
         return [], []
     if isinstance(known_positives, Mapping):
         pairs = [(query, document) for query, documents in known_positives.items() for document in documents]
     else:
         pairs = list(known_positives)
-    return [spelling(query) for query, _ in pairs], [spelling(document) for _, document in pairs]
+    return [query for query, _ in pairs], [document for _, document in pairs]
+
+
+def spelled_pairs_of(
+    known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
+) -> tuple[list[str], list[str]]:
+    """Spellings of the queries and of the documents of known pairs."""
+    queries, documents = pairs_of(known_positives)
+    return [spelling(query) for query in queries], [spelling(document) for document in documents]
 
 
 def check_columns(dataset: Dataset, columns: Sequence[str], argument: str = "clicks") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from st_fpsloss.input_codes import codes, pairs_of
 from st_fpsloss.rows import row_keys
 
 
@@ -19,26 +20,18 @@ class KnownPositives:
     Args:
         model: the model whose towers preprocess the inputs.
         positives: query -> documents, or, for inputs that are dicts, an iterable of (query, document).
-        prompts: the trainer's prompts for the two sides, by ``"query"`` and ``"document"``.
     """
 
     def __init__(
         self,
         model: SentenceTransformer,
         positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]],
-        prompts: Mapping[str, str] | None = None,
     ) -> None:
-        if isinstance(positives, Mapping):
-            pairs = [(query, document) for query, documents in positives.items() for document in documents]
-        else:
-            pairs = list(positives)
-        if not pairs:
+        queries_given, documents_given = pairs_of(positives)
+        if not queries_given:
             raise ValueError("`known_positives` is empty. Pass None to mask the positives of the batch alone.")
-        prompts = prompts or {}
-        queries, documents = (
-            row_keys(model, [pair[side] for pair in pairs], task, prompts.get(task)).cpu().numpy()
-            for side, task in enumerate(("query", "document"))
-        )
+        queries = _keys_of(model, queries_given, "query")
+        documents = _keys_of(model, documents_given, "document")
         order = np.argsort(queries, kind="stable")
         self._queries, self._documents = queries[order], documents[order]
 
@@ -62,3 +55,11 @@ class KnownPositives:
         document = order[found]
         present = documents[document] == self._documents[entry]
         return torch.as_tensor(np.stack([query[present], document[present]]), device=query_keys.device)
+
+
+def _keys_of(model: SentenceTransformer, inputs: Sequence[Any], task: str) -> np.ndarray:
+    """Keys (N,) of inputs; a text that stands in many pairs is tokenized once."""
+    if not all(isinstance(value, str) for value in inputs):
+        return row_keys(model, inputs, task).cpu().numpy()
+    numbers, distinct = codes(inputs)
+    return row_keys(model, list(distinct), task).cpu().numpy()[numbers]

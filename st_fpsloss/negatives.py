@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from st_fpsloss.frequencies import FrequencyTable
 from st_fpsloss.hard_negatives import HARD_NEGATIVES, mine_hard_negatives
-from st_fpsloss.input_codes import check_columns, codes, is_positive, pairs_of, spelling, spellings
+from st_fpsloss.input_codes import check_columns, codes, is_positive, spelled_pairs_of, spelling, spellings
 from st_fpsloss.negative_sampling import NegativeSampler, Pools
 from st_fpsloss.rows import row_keys
 
@@ -347,7 +347,7 @@ def _known_pairs(
     """Numbers of the queries and of the documents of those pairs whose query and document there are."""
     pairs = [
         (query_number[query], document_number[document])
-        for query, document in zip(*pairs_of(known_positives), strict=True)
+        for query, document in zip(*spelled_pairs_of(known_positives), strict=True)
         if query in query_number and document in document_number
     ]
     queries, documents = np.array(pairs, dtype=np.int64).reshape(-1, 2).T

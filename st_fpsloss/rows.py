@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -117,13 +117,16 @@ class Rows:
 
         Unequal rows share a key with probability 2^-64; :meth:`unique` confirms equality where it matters.
         """
+        return self._keys_of(self._contents())
+
+    def _keys_of(self, contents: Iterable[tuple[str, Tensor]]) -> Tensor:
         total = torch.full((len(self),), _salt(repr(self.route)), dtype=torch.int64, device=self.lengths.device)
         mask = self.tensors.get("attention_mask")
         # Positions count from the row's first token, so that padding on the left changes nothing either.
         first_token = torch.zeros_like(self.lengths)
         if mask is not None and mask.numel() > 0:
             first_token = mask.long().argmax(dim=1)
-        for name, values in self._contents():
+        for name, values in contents:
             position = torch.arange(values.shape[1], device=values.device)[None]
             if name in TOKEN_TENSORS:
                 position = position - first_token[:, None]
@@ -136,11 +139,13 @@ class Rows:
         Returns:
             (first, inverse, keys): (U,) the row that stands for each group, (N,) each row's group, (U,) int64 keys.
         """
-        keys = self.keys()
+        contents = list(self._contents())
+        keys = self._keys_of(contents)
         _, inverse = torch.unique(keys, return_inverse=True)
         first = first_of_each(inverse)
-        if not self._equal_to(first[inverse]):  # two different rows with one key
-            packed = torch.cat([values for _, values in self._contents()], dim=1)
+        stand_in = first[inverse]
+        if not all(torch.equal(values, values[stand_in]) for _, values in contents):  # two different rows with one key
+            packed = torch.cat([values for _, values in contents], dim=1)
             _, inverse = torch.unique(packed, dim=0, return_inverse=True)
             first = first_of_each(inverse)
         return first, inverse, keys[first]
@@ -152,9 +157,6 @@ class Rows:
             values = _bits(tensor)
             # Token id 0 is a token, unless the mask says otherwise.
             yield name, (values + 1) * mask if mask is not None and name in TOKEN_TENSORS else values
-
-    def _equal_to(self, index: Tensor) -> bool:
-        return all(torch.equal(values, values[index]) for _, values in self._contents())
 
 
 def row_keys(model: SentenceTransformer, inputs: Sequence[Any], task: str | None, prompt: str | None = None) -> Tensor:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import HfArgumentParser, set_seed
 from st_fpsloss import DocumentIndex, FPSLoss, LossStateCallback, RetrievalEvaluator, Tower, two_tower
 from st_fpsloss.clicks import histories, next_item_pairs
 from st_fpsloss.evaluation import bootstrap_interval
+from st_fpsloss.files import write_whole
 from st_fpsloss.movielens import MovieLens100K, load_movielens_100k
 from st_fpsloss.towers import id_embedding, id_transformer
 
@@ -106,6 +107,7 @@ def make_task(data: MovieLens100K, max_history: int) -> Task:
     counts = Counter(splits["train"]["item_id"])
     seen_in_train, seen = films_by_user(splits["train"]), films_by_user(known)
     queries = histories(known, **COLUMNS, max_history=max_history)
+    evaluator = partial(RetrievalEvaluator, corpus=documents, at=CUTOFFS, batch_size=256)
     return Task(
         pairs=pairs,
         documents=documents,
@@ -113,24 +115,13 @@ def make_task(data: MovieLens100K, max_history: int) -> Task:
         popularity=np.array([counts[film] for film in documents], dtype=np.float64),
         queries=queries,
         seen=seen,
-        validation=RetrievalEvaluator(
+        validation=evaluator(
             histories(splits["train"], **COLUMNS, max_history=max_history),
-            documents,
-            films_by_user(splits["validation"]),
+            relevant_docs=films_by_user(splits["validation"]),
             seen_docs=seen_in_train,
-            at=CUTOFFS,
             name="validation",
-            batch_size=256,
         ),
-        test=RetrievalEvaluator(
-            queries,
-            documents,
-            films_by_user(splits["test"]),
-            seen_docs=seen,
-            at=CUTOFFS,
-            name="test",
-            batch_size=256,
-        ),
+        test=evaluator(queries, relevant_docs=films_by_user(splits["test"]), seen_docs=seen, name="test"),
     )
 
 
@@ -243,19 +234,12 @@ def write_top_k(best: dict[int, list[tuple[int, float]]], path: Path) -> None:
     """user_id, item_id and rank from 1, separated by tabs."""
     lines = ["user_id\titem_id\trank"]
     lines += [f"{user}\t{film}\t{rank}" for user in best for rank, (film, _) in enumerate(best[user], start=1)]
-    write_text(path, "\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def write_json(content: dict[str, Any], folder: Path) -> None:
     """Everything that the table shows, for other programs."""
-    write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(folder / "metrics.json", json.dumps(content, indent=2) + "\n")
 
 
 def plot(log_history: list[dict[str, Any]], path: Path) -> None:

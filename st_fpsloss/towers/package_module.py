@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
+from st_fpsloss.files import write_whole
 from st_fpsloss.model_card import use_two_tower_card
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,4 @@ def _require_this_package(config_path: Path) -> None:
         return
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config.setdefault("requirements", {})[DISTRIBUTION] = f">={version}"
-    temporary = config_path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    os.replace(temporary, config_path)
+    write_whole(config_path, json.dumps(config, indent=2, sort_keys=True))
