@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_fpsloss.input_codes import codes, pairs_of
-from st_fpsloss.rows import row_keys
+from st_fpsloss.input_codes import pairs_of
+from st_fpsloss.input_keys import input_keys
 
 
 class KnownPositives:
@@ -30,8 +30,8 @@ class KnownPositives:
         queries_given, documents_given = pairs_of(positives)
         if not queries_given:
             raise ValueError("`known_positives` is empty. Pass None to mask the positives of the batch alone.")
-        queries = _keys_of(model, queries_given, "query")
-        documents = _keys_of(model, documents_given, "document")
+        queries = input_keys(model, queries_given, "query")
+        documents = input_keys(model, documents_given, "document")
         order = np.argsort(queries, kind="stable")
         self._queries, self._documents = queries[order], documents[order]
 
@@ -55,11 +55,3 @@ class KnownPositives:
         document = order[found]
         present = documents[document] == self._documents[entry]
         return torch.as_tensor(np.stack([query[present], document[present]]), device=query_keys.device)
-
-
-def _keys_of(model: SentenceTransformer, inputs: Sequence[Any], task: str) -> np.ndarray:
-    """Keys (N,) of inputs; a text that stands in many pairs is tokenized once."""
-    if not all(isinstance(value, str) for value in inputs):
-        return row_keys(model, inputs, task).cpu().numpy()
-    numbers, distinct = codes(inputs)
-    return row_keys(model, list(distinct), task).cpu().numpy()[numbers]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from st_fpsloss.hashing import mix
+
 _ATTEMPTS = 32  # after which a query with nearly everything for a positive is drawn for exactly
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -123,8 +125,8 @@ class NegativeSampler:
         with np.errstate(over="ignore"):
             stream = np.zeros(1, dtype=np.uint64)
             for part in (self._seed, epoch, attempt):
-                stream = _mix(stream + _GOLDEN * np.uint64(part + 1))
-            bits = _mix(_mix(stream + rows.astype(np.uint64) * _GOLDEN) + columns.astype(np.uint64) * _GOLDEN)
+                stream = mix(stream + _GOLDEN * np.uint64(part + 1))
+            bits = mix(mix(stream + rows.astype(np.uint64) * _GOLDEN) + columns.astype(np.uint64) * _GOLDEN)
         return (bits >> np.uint64(11)) * 2.0**-53
 
 
@@ -158,10 +160,3 @@ class Pools:
         taken = np.minimum(self.lengths, wanted)
         share = np.repeat(taken / np.maximum(self.lengths, 1), self.lengths)
         return np.bincount(self.documents, share, minlength=num_documents), (wanted - taken)[rows]
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
-    return values ^ (values >> np.uint64(31))

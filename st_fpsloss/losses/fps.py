@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_fpsloss.click_batch import ClickBatch, Direction, Duplicates, LogQ, Relevance
-from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.frequencies import Frequencies
 from st_fpsloss.losses.checks import Similarity
 from st_fpsloss.losses.popularity import PopularityCorrectedLoss
 from st_fpsloss.objectives import full_product_softmax
@@ -50,7 +50,9 @@ class FPSLoss(PopularityCorrectedLoss):
             column (Yi et al. 2019), ``"corrected"`` from the negatives alone (arXiv 2507.09331; needs
             ``duplicates="mask"``), None does not correct. On a log where a few documents have most of the clicks, this
             decides about the quality of the ranking.
-        frequencies: tables of how often rows occur, by ``"query"`` and ``"document"``; None counts during training.
+        frequencies: what counts how often rows occur, by ``"query"`` and ``"document"``: a
+            :class:`st_fpsloss.frequencies.FrequencyTable`, or a :class:`st_fpsloss.frequency_sketch.FrequencySketch`
+            for many millions of distinct rows. None counts exactly, during training.
         known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
             no negatives of that query in any batch; needs ``duplicates="mask"``.
         similarity: ``"dot"`` or ``"cosine"``; None takes the model's ``similarity_fn_name``. With cosine the loss
@@ -102,7 +104,7 @@ class FPSLoss(PopularityCorrectedLoss):
         relevance: Relevance = "mask",
         duplicates: Duplicates = "mask",
         log_q: LogQ | None = None,
-        frequencies: Mapping[str, FrequencyTable] | None = None,
+        frequencies: Mapping[str, Frequencies] | None = None,
         known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None = None,
         similarity: Similarity | None = None,
         mini_batch_num_tokens: int | None = None,

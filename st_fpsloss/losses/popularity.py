@@ -11,7 +11,7 @@ from torch import Tensor
 
 from st_fpsloss.click_batch import ClickBatch, Duplicates, LogQ
 from st_fpsloss.distributed import gather_counts
-from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.frequencies import Frequencies, FrequencyTable
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.checks import check_choice
 
@@ -25,7 +25,7 @@ class PopularityCorrectedLoss(ClickLoss):
         *,
         duplicates: Duplicates,
         log_q: LogQ | None,
-        frequencies: Mapping[str, FrequencyTable] | None,
+        frequencies: Mapping[str, Frequencies] | None,
         **shared: Any,
     ) -> None:
         super().__init__(model, duplicates=duplicates, **shared)
@@ -33,7 +33,12 @@ class PopularityCorrectedLoss(ClickLoss):
         if log_q == "corrected" and duplicates == "keep":
             raise ValueError("`log_q='corrected'` needs `duplicates='mask'`. With 'keep', use `log_q='standard'`.")
         self.log_q = log_q
-        self.frequencies = {"query": FrequencyTable(), "document": FrequencyTable(), **(frequencies or {})}
+        _check_frequencies(frequencies or {})
+        self.frequencies: dict[str, Frequencies] = {
+            "query": FrequencyTable(),
+            "document": FrequencyTable(),
+            **(frequencies or {}),
+        }
 
     def count_and_look_up(
         self,
@@ -99,3 +104,13 @@ class PopularityCorrectedLoss(ClickLoss):
     year={2019},
 }
 """  # noqa: E501
+
+
+def _check_frequencies(frequencies: Mapping[str, Frequencies]) -> None:
+    if unknown := set(frequencies) - {"query", "document"}:
+        raise ValueError(f"`frequencies` goes by 'query' and 'document', got {sorted(unknown)}.")
+    for side, table in frequencies.items():
+        if not isinstance(table, Frequencies):
+            raise ValueError(
+                f"`frequencies[{side!r}]` must be a FrequencyTable or a FrequencySketch, got {type(table).__name__}."
+            )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from st_fpsloss.cell_objectives import sampled_softmax
 from st_fpsloss.click_batch import ClickBatch, Duplicates, LogQ, Relevance
-from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.frequencies import Frequencies
 from st_fpsloss.losses.catalogue import Catalogue
 from st_fpsloss.losses.checks import Similarity
 from st_fpsloss.losses.negative_choice import NegativeChoice, Negatives
@@ -51,7 +51,9 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
         log_q: correct for how the negatives are drawn: ``"standard"`` subtracts log Q from every column (Yi et al.
             2019), ``"corrected"`` from the negatives alone (arXiv 2507.09331; needs ``duplicates="mask"``), None does
             not correct. With explicit negatives Q is the distribution of the negative columns.
-        frequencies: tables of how often rows occur, by ``"document"``; None counts during training.
+        frequencies: what counts how often rows occur, by ``"document"``: a
+            :class:`st_fpsloss.frequencies.FrequencyTable`, or a :class:`st_fpsloss.frequency_sketch.FrequencySketch`
+            for many millions of distinct rows. None counts exactly, during training.
         known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
             no negatives of that query in any batch; needs ``duplicates="mask"``.
         similarity: ``"dot"`` or ``"cosine"``; None takes the model's ``similarity_fn_name``.
@@ -105,7 +107,7 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
         relevance: Relevance = "mask",
         duplicates: Duplicates = "mask",
         log_q: LogQ | None = None,
-        frequencies: Mapping[str, FrequencyTable] | None = None,
+        frequencies: Mapping[str, Frequencies] | None = None,
         known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None = None,
         similarity: Similarity | None = None,
         mini_batch_num_tokens: int | None = None,

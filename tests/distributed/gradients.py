@@ -90,7 +90,7 @@ def step(model: SentenceTransformer, loss: ClickLoss, value: torch.Tensor) -> St
         for parameter in (loss.logit_scale, loss.logit_bias)
     )
     tables = {
-        side: {key: float(table._counts[slot]) for key, slot in table._slot_of.items()}
+        side: dict(zip(table._counts.keys.tolist(), table._counts.values.tolist(), strict=True))
         for side, table in tables_of(loss).items()
     }
     return Step(gradients(model, loss), scale, bias, value, tables)
