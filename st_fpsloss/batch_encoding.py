@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from st_fpsloss.prefix_rows import PrefixRows
 from st_fpsloss.rows import Features, Rows
 
 # A mini-batch is closed early where more than this share would be padding...
@@ -35,10 +36,11 @@ class BatchPlan:
     """What there is to encode, and where each row of the batch will find its embedding.
 
     Args:
-        mini_batches: the N distinct rows of the batch, all columns together, in mini-batches.
+        mini_batches: the distinct rows of the batch, all columns together, in mini-batches, which give N embeddings:
+            one a row, or one an item of a whole history (:class:`st_fpsloss.prefix_rows.PrefixRows`).
         route_of: number of the tower of each mini-batch.
         index: (columns, M) position of each row's embedding among the N; -1 where it is not needed.
-        keys: (N,) int64 identity of each distinct row, the same in every batch and process.
+        keys: (N,) int64 identity of each embedding's row, the same in every batch and process.
     """
 
     mini_batches: list[Rows]
@@ -71,24 +73,19 @@ class BatchPlan:
                 parts[number] if len(rows) == sizes[0] else parts[number].select(rows)
                 for number, rows in zip(numbers, wanted, strict=True)
             ]
-            stacked = Rows.stack(chosen)
-            first, inverse, row_keys = stacked.unique()
-            batches = _mini_batches(stacked, first, mini_batch_num_tokens)
-            order = torch.cat(batches) if batches else first
-            position = torch.empty_like(order)
-            position[order] = torch.arange(len(order), device=order.device) + num_rows
-            of_column = position[inverse].split([len(rows) for rows in wanted])
+            batches, position, row_keys = _plan_route(chosen, mini_batch_num_tokens)
+            of_column = (position + num_rows).split([len(rows) for rows in wanted])
             for number, rows, found in zip(numbers, wanted, of_column, strict=True):
                 index[number, rows] = found
-            mini_batches += [stacked.select(first[batch]) for batch in batches]
+            mini_batches += batches
             route_of += [route] * len(batches)
-            keys.append(row_keys[order])
-            num_rows += len(order)
+            keys.append(row_keys)
+            num_rows += len(row_keys)
         return cls(mini_batches, route_of, index, torch.cat(keys))
 
 
 def encode(model: Encoder, plan: BatchPlan) -> Tensor:
-    """Embeddings (N, dim) of the distinct rows, with the graph of all of them if gradients are on."""
+    """Embeddings (N, dim) of a plan, with the graph of all of them if gradients are on."""
     with _no_sync(model):
         embeddings = torch.cat([_embed(model, rows) for rows in plan.mini_batches])
     return _as_ddp_outputs(model, [embeddings])[0]
@@ -244,11 +241,46 @@ def _num_tokens(rows: Rows) -> int:
 
 
 def _by_route(parts: Sequence[Rows]) -> Iterator[list[int]]:
-    """Numbers of the columns that go through one tower, for each tower."""
+    """Numbers of the columns that go through one tower, for each tower; a column of prefixes is always on its own."""
     routes: dict[Hashable, list[int]] = {}
     for number, rows in enumerate(parts):
-        routes.setdefault(rows.route, []).append(number)
+        routes.setdefault(number if isinstance(rows, PrefixRows) else rows.route, []).append(number)
     yield from routes.values()
+
+
+def _plan_route(columns: Sequence[Rows], num_tokens: int) -> tuple[list[Rows], Tensor, Tensor]:
+    """Plan the encoding of columns that go through one tower.
+
+    Returns:
+        The mini-batches, the position of each row's embedding among all that they give, and (N,) the keys of those.
+    """
+    first, *others = columns
+    if isinstance(first, PrefixRows) and not others:
+        return _plan_prefixes(first, num_tokens)
+    return _plan_rows(Rows.stack(columns), num_tokens)
+
+
+def _plan_rows(rows: Rows, num_tokens: int) -> tuple[list[Rows], Tensor, Tensor]:
+    first, inverse, keys = rows.unique()
+    batches = _mini_batches(rows, first, num_tokens)
+    order = torch.cat(batches) if batches else first
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), device=order.device)
+    return [rows.select(first[batch]) for batch in batches], position[inverse], keys[order]
+
+
+def _plan_prefixes(rows: PrefixRows, num_tokens: int) -> tuple[list[Rows], Tensor, Tensor]:
+    first, inverse, keys = rows.unique()
+    mini_batches, of_history, distinct = _plan_rows(rows.histories, num_tokens)
+    # Each distinct history gives an embedding a prefix, one after the other.
+    counts = torch.zeros_like(distinct)
+    counts[of_history] = torch.bincount(rows.history, minlength=len(rows.histories))
+    starts = counts.cumsum(0) - counts
+    position = starts[of_history[rows.history]] + rows.place
+    of_embedding = keys.new_empty(int(counts.sum()))
+    of_embedding[position] = keys[inverse]
+    # Prefixes that are equal, of different histories too, are one row with one embedding.
+    return mini_batches, position[first[inverse]], of_embedding
 
 
 def _positions(needed: Tensor | None, num_rows: int, device: torch.device) -> Tensor:

@@ -29,17 +29,18 @@ class TwoTowerModelCardData(SentenceTransformerModelCardData):
 
         Where a tower reads side features there is no widget: the one of the hub takes texts alone.
         """
-        if not any(_reads_features(module) for module in _towers(self.model)):
+        if not any(_reads_features(module) for module in input_modules(self.model)):
             super().set_widget_examples(dataset)
         elif isinstance(dataset, Dataset) and len(dataset) > 0:
             rows = dataset.with_format(None)[: len(_TEXTS) - 1]
             columns = [name for name in rows if name not in (*_LABELS, "dataset_name")]
-            self.usage_examples = [_short(rows[columns[0]][0]), *map(_short, rows[columns[1:][0]])]
+            if len(columns) > 1:  # a data set of whole histories has no column of documents
+                self.usage_examples = [_short(rows[columns[0]][0]), *map(_short, rows[columns[1]])]
 
     def run_usage_snippet(self) -> None:
         """Scores the examples; where no data set gave any, they are made up from what the features know."""
         if self.usage_examples is None:
-            query, document = _towers(self.model)
+            query, document = input_modules(self.model)
             self.usage_examples = [_made_up(query, 0), *(_made_up(document, n) for n in range(1, len(_TEXTS)))]
         super().run_usage_snippet()
 
@@ -53,7 +54,7 @@ class TwoTowerModelCardData(SentenceTransformerModelCardData):
         code = code.replace(f'"{model_id}")', f'"{model_id}", trust_remote_code=True)')
         lines = ["The model has modules of its own in the package `st-fpsloss`:", "", "```bash"]
         lines += ["pip install -U st-fpsloss", "```"]
-        for task, module in zip(("query", "document"), _towers(self.model), strict=True):
+        for task, module in zip(("query", "document"), input_modules(self.model), strict=True):
             if _reads_features(module):
                 lines += [f"A {task} is a dict with any of these keys; what is missing or None is legal:", ""]
                 lines += [f"- `{key}`: {meaning}" for key, meaning in module.describe_input().items()]
@@ -69,7 +70,7 @@ def use_two_tower_card(model: SentenceTransformer) -> None:
         vars(model.model_card_data).update(vars(card))
 
 
-def _towers(model: SentenceTransformer) -> tuple[Any, Any]:
+def input_modules(model: SentenceTransformer) -> tuple[Any, Any]:
     """Input modules of the towers of queries and of documents."""
     first = model[0]
     if not isinstance(first, Router):

@@ -95,6 +95,51 @@ def histories(log: Dataset, user: str, item: str, time: str, max_history: int) -
     return dict(zip(rows.users, texts.to_pylist(), strict=True))
 
 
+def next_item_windows(log: Dataset, user: str, item: str, time: str, max_history: int) -> Dataset:
+    """Cuts each user's items into windows for :class:`st_fpsloss.prefix_collator.PrefixCollator`.
+
+    In a window each item but the first is the target of those before it. Windows share one item, the last of one and
+    the first of the next, so that every item but a user's first is a target exactly once. They are cut from the newest
+    item backwards: the one that may be short is the user's first.
+
+    Args:
+        log: The log, one row for each click or rating.
+        user: The column of user ids (integers or strings).
+        item: The column of item ids (integers, or strings without white space).
+        time: The column of times (numbers, timestamps or dates); ties keep the order of the log.
+        max_history: At most this many items before a target, the ``max_length`` of the tower's history; a window has
+            one more.
+
+    Returns:
+        One row for each window, users ascending, then by time: ``user`` (the id) and ``items`` (ids as strings, oldest
+        first, 2 to ``max_history`` + 1).
+
+    Raises:
+        ValueError: If a column is missing or unfit, the log is empty, ``max_history`` is below 1, or no user has two
+            rows.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from st_fpsloss.clicks import next_item_windows
+        >>> log = Dataset.from_dict({"user": [1, 1, 1, 1, 2], "item": [5, 6, 7, 8, 9], "time": [10, 20, 30, 40, 50]})
+        >>> next_item_windows(log, user="user", item="item", time="time", max_history=2)[:]
+        {'user': [1, 1], 'items': [['5', '6'], ['6', '7', '8']]}
+    """
+    _check_max_history(max_history)
+    rows = rows_by_user(log, user, time)
+    items = _items_in_order(log, item, rows)
+    num_targets = rows.stops - rows.starts - 1
+    num_windows = -(-num_targets // max_history)
+    if not num_windows.any():
+        raise ValueError(f"user={user!r}: no user has 2 rows, so no row has a history. Check that the column is right.")
+    of_user = np.repeat(np.arange(len(num_windows)), num_windows)
+    later_windows = np.concatenate([np.arange(count)[::-1] for count in num_windows])
+    stop = rows.stops[of_user] - later_windows * max_history
+    start = np.maximum(rows.starts[of_user], stop - max_history - 1)
+    table = pa.table({"user": pa.array(rows.users).take(pa.array(of_user)), "items": _lists(items, start, stop)})
+    return Dataset(table.cast(pa.schema([table.schema.field("user"), pa.field("items", pa.list_(pa.string()))])))
+
+
 def _check_max_history(max_history: int) -> None:
     if isinstance(max_history, bool) or not isinstance(max_history, int) or max_history < 1:
         raise ValueError(f"max_history={max_history!r} has to be a whole number of at least 1, such as 50.")
@@ -114,8 +159,12 @@ def _window_pairs(windows: pa.Table, items: pa.Array) -> pa.Table:
 
 def _joined(items: pa.Array, start: np.ndarray, stop: np.ndarray) -> pa.Array:
     """For each window the items[start:stop] with single spaces between them."""
+    return pc.binary_join(_lists(items, start, stop), " ")
+
+
+def _lists(items: pa.Array, start: np.ndarray, stop: np.ndarray) -> pa.LargeListArray:
+    """For each window the items[start:stop]."""
     lengths = stop - start
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - start, lengths)
-    lists = pa.LargeListArray.from_arrays(pa.array(offsets), items.take(pa.array(positions)))
-    return pc.binary_join(lists, " ")
+    return pa.LargeListArray.from_arrays(pa.array(offsets), items.take(pa.array(positions)))

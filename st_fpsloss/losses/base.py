@@ -28,6 +28,7 @@ from st_fpsloss.losses.checks import (
     similarity_of,
 )
 from st_fpsloss.losses.encoded_clicks import EncodedClicks, unique_by_id
+from st_fpsloss.prefix_rows import rows_of_column
 from st_fpsloss.rows import Features, Rows, routes_by_task
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class ClickLoss(nn.Module, ABC):
             ValueError: If there are fewer than two columns, a column goes to the wrong tower, or the labels are not
                 one finite number a row.
         """
-        columns = [Rows.from_features(features) for features in sentence_features]
+        columns = [rows_of_column(features) for features in sentence_features]
         self._check_columns(columns)
         self.check_batch(len(columns), labels)
         self._check_setting()

@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import InputModule, StaticEmbedding, Transformer
 from torch import Tensor, nn
 
+from st_fpsloss.prefix_rows import PREFIXES
 from st_fpsloss.towers.feature_modules import encoder_of
 from st_fpsloss.towers.feature_values import check_keys
 from st_fpsloss.towers.features import Categorical, Feature, History, checked_features, feature_from_dict
@@ -118,16 +119,51 @@ class FeatureInput(PackageModule, InputModule):
         """Arguments of ``encode`` that the text encoder takes."""
         return set() if self.text_encoder is None else self.text_encoder.forward_kwargs
 
+    def tensors_of_a_prefix(self, history: str) -> tuple[str, ...]:
+        """Names of the tensors that are shorter for a prefix of a history; that of the history comes first.
+
+        Under the key ``prefixes`` among the features they make :meth:`forward` give an embedding for every prefix.
+
+        Raises:
+            ValueError: There is no such history, or another one, of which no prefix is known.
+        """
+        names = [feature.name for feature in self.features if isinstance(feature, History)]
+        if names != [history]:
+            raise ValueError(
+                f"history={history!r} has to name the one History of the query tower, which has "
+                f"{', '.join(map(repr, names)) or 'none'}."
+            )
+        own = next(feature.tensor_name for feature in self.features if feature.name == history)
+        return (own,) if self._reads_text else (own, "input_ids", "attention_mask")
+
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds ``feature_embedding`` (N, feature_dim), and what the text encoder adds."""
-        names = [feature.tensor_name for feature in self.features]
-        vectors = [encoder(features[name]) for name, encoder in zip(names, self.encoders, strict=True)]
+        """Adds ``feature_embedding`` (N, feature_dim), and what the text encoder adds.
+
+        With the key ``prefixes`` (see :meth:`tensors_of_a_prefix`) ``feature_embedding`` has a row for every prefix of
+        the N histories, those of the first history first, and ``prefix_of`` the number of each one's history.
+        """
+        features = dict(features)
+        cut = features.pop(PREFIXES, None)
+        tensors = [features.pop(feature.tensor_name) for feature in self.features]
+        if cut is None:
+            vectors = [encoder(tensor) for encoder, tensor in zip(self.encoders, tensors, strict=True)]
+        else:
+            vectors, features["prefix_of"] = self._of_prefixes(tensors, cut[0])
         embedding = torch.cat([vector.to(self._precision.dtype) for vector in vectors], dim=1)
-        # Many transformers hand whatever else they find on to their attention layers.
-        features = {name: value for name, value in features.items() if name not in names}
+        # The text encoder gets no tensor of a feature: many transformers hand what they do not know to their layers.
         if self.text_encoder is None:
             return {**features, "sentence_embedding": embedding, "feature_embedding": embedding}
         return {**self.text_encoder(features, **kwargs), "feature_embedding": embedding}
+
+    def _of_prefixes(self, tensors: Sequence[Tensor], history: str) -> tuple[list[Tensor], Tensor]:
+        """The features' vectors for every prefix of a history, and which row each is a prefix of."""
+        names = [feature.tensor_name for feature in self.features]
+        row = (tensors[names.index(history)] != MISSING_ID).nonzero()[:, 0]
+        vectors = [
+            encoder.prefixes(tensor) if name == history else encoder(tensor)[row]
+            for name, encoder, tensor in zip(names, self.encoders, tensors, strict=True)
+        ]
+        return vectors, row
 
     def get_embedding_dimension(self) -> int:
         """Size of the text's embedding, or of the features' where there is no text."""

@@ -132,6 +132,12 @@ class HistoryEncoder(IdEncoder):
         states = self.states(ids[:, : int(lengths.max())])
         return states[torch.arange(len(ids), device=ids.device), lengths - 1]
 
+    def prefixes(self, ids: Tensor) -> Tensor:
+        """Returns what :meth:`forward` gives for every prefix of ids (N, width), those of the first row first."""
+        held = ids != MISSING_ID
+        width = int(held.sum(dim=1).max())
+        return self.states(ids[:, :width])[held[:, :width]]
+
 
 class _CausalLayer(nn.Module):
     """A transformer layer, normalised first, in which a place sees itself and those before it."""
@@ -184,6 +190,8 @@ class FeatureFusion(PackageModule):
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Replaces ``sentence_embedding`` (N, embedding_dim); reads ``feature_embedding`` (N, feature_dim)."""
         text = features["sentence_embedding"]
+        if "prefix_of" in features:
+            text = text[features["prefix_of"]]
         side = features["feature_embedding"].to(text.dtype)
         hidden = relu(self.hidden(torch.cat([text, side], dim=1)))
         hidden = nn.functional.dropout(hidden, self.dropout, self.training)
