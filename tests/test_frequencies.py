@@ -91,6 +91,15 @@ def test_a_draw_counts_half_after_the_half_life(kind):
     assert_log_q(table, expected, prior=1.0, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["table", "sketch"])
+def test_a_batch_of_thousands_of_half_lives_forgets_all_before_it(kind):
+    table = KINDS[kind](prior=0.0, half_life=1.0)
+    table.update(torch.tensor([5]), torch.tensor([3000]))
+    table.update(torch.tensor([7, 9]), torch.tensor([3000, 1000]))
+    assert table.total == 4000 and table._num_distinct() == 2
+    torch.testing.assert_close(table.log_q(torch.tensor([7, 9])).exp(), torch.tensor([0.75, 0.25]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_q_follows_a_log_that_drifts(kind):
     before, after = batches(10_000, 30, seed=1), batches(10_000, 30, seed=2)
@@ -181,7 +190,7 @@ def test_ranks_that_hear_of_keys_in_another_order_agree(kind):
 def test_the_table_of_movielens_is_bit_equal_after_a_resume(tmp_path):
     ratings = load_movielens_100k().splits()["train"]
     columns = {"query": "user_id", "document": "item_id"}
-    clicks = Dataset.from_dict({name: [str(number) for number in ratings[column]] for name, column in columns.items()})
+    clicks = Dataset.from_dict({name: list(map(str, ratings[column][:])) for name, column in columns.items()})
     ids = [sorted(set(column[:])) for column in (clicks["query"], clicks["document"])]
 
     def run(folder, resume=None):

@@ -65,7 +65,7 @@ def stream(num_distinct: int, width: int) -> dict[str, float]:
     reset_peak()
     before, spent, num_draws = resident(), 0.0, 0
     sketch = FrequencySketch(width=width)
-    with tqdm(total=num_distinct, unit="key", unit_scale=True) as progress:
+    with tqdm(total=num_distinct, unit="key", unit_scale=True, mininterval=5) as progress:
         while log.num_distinct < num_distinct:
             known = log.num_distinct
             keys, counts = log.batch()

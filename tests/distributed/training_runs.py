@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from st_fpsloss import FPSLoss
+from st_fpsloss.frequency_sketch import FrequencySketch
 from tests.losses.conftest import small_model
 from tests.training import click_log, trainer, weights
 
@@ -33,7 +35,7 @@ class Recorder(TrainerCallback):
 def run(output_dir: Path, loss_options: dict[str, Any], resume: str | None = None, **options: Any) -> dict[str, Any]:
     """Train, and tell the course of α, the weights, and what the loss would save."""
     model = options.pop("model", None) or small_model(dropout=options.pop("dropout", 0.1))
-    loss = FPSLoss(model, **loss_options)
+    loss = FPSLoss(model, **copy.deepcopy(loss_options))  # frequencies are counted by each run for itself
     training = trainer(output_dir, model=model, loss=loss, **options)
     recorder = Recorder(loss)
     training.add_callback(recorder)
@@ -56,8 +58,9 @@ def defaults(output_dir: Path) -> dict[str, Any]:
 
 
 def cached_and_accumulated(output_dir: Path) -> dict[str, Any]:
-    """Gradient caching with many mini-batches, negatives from all ranks, two micro-batches a step."""
-    options = {**GATHERED, "cache_gradients": True, "mini_batch_num_tokens": 40}
+    """Gradient caching with many mini-batches, negatives from all ranks, two micro-batches a step; sketched Q."""
+    sketch = FrequencySketch(width=16, half_life=50.0)
+    options = {**GATHERED, "cache_gradients": True, "mini_batch_num_tokens": 40, "frequencies": {"document": sketch}}
     return straight_and_resumed(output_dir, options, gradient_accumulation_steps=2, ddp_find_unused_parameters=False)
 
 
