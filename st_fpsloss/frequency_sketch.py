@@ -29,10 +29,10 @@ class FrequencySketch(Frequencies):
     mean of their log counts, made monotone. The size of the sample also tells the number of distinct rows.
 
     Memory is 4 bytes a counter and some megabytes beside, 22 MB by default. In a checkpoint's ``trainer_state.json``
-    the default takes about 7 MB, and with a half-life, whose counts are no whole numbers, 22 MB. After 500 million draws
-    of 50 million distinct rows (p ∝ 1/rank; ``tests/benchmarks/frequencies.py``) the default is off in Q by .07% on
-    average for the 100,000 most frequent rows, and in log Q by .23 on average over draws (.73 without the sample); four
-    times the width by .09.
+    the default takes about 7 MB, and with a half-life, whose counts are no whole numbers, 22 MB. After 500 million
+    draws of 50 million distinct rows (p ∝ 1/rank; ``tests/benchmarks/frequencies.py``) the default is off by .07% in Q,
+    on average over the 100,000 most frequent rows, and by .23 in log Q, on average over draws (.73 without the sample);
+    four times the width by .09.
 
     Args:
         width: counters in a line. Rows rarer than about 1 in ``width`` draws cannot be told apart.
