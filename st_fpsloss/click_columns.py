@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, Value
@@ -16,14 +17,15 @@ from datasets import Features, Value
 BATCH_ROWS = 10_000
 
 
-def chosen_columns(query: str, document: str, label: str | None, negatives: Sequence[str]) -> dict[str, str]:
+def chosen_columns(
+    query: str, document: str, label: str | None, negatives: Sequence[str], time: str | None
+) -> dict[str, str]:
     """The result's column -> the source's column, in the result's order."""
     if isinstance(negatives, str):
         raise ValueError(f"negatives={negatives!r} has to be a list of columns. Pass negatives=[{negatives!r}].")
     columns = {"query": query, "document": document}
     columns |= {f"negative_{number}": name for number, name in enumerate(negatives, start=1)}
-    if label is not None:
-        columns["label"] = label
+    columns |= {name: source for name, source in (("label", label), ("time", time)) if source is not None}
     used: dict[str, str] = {}
     for name, source in columns.items():
         if source in used:
@@ -73,8 +75,8 @@ def left_alone(kind: pa.DataType) -> bool:
 
 def result_features(columns: Mapping[str, str], dicts: Mapping[str, Any]) -> Features:
     """Features of the result; ``dicts``: source column -> feature, for columns that hold dicts."""
-    plain = {name: Value("float64" if name == "label" else "string") for name in columns}
-    kept = {name: dicts[source] for name, source in columns.items() if source in dicts and name != "label"}
+    plain = {name: Value("float64" if name in NUMBERS else "string") for name in columns}
+    kept = {name: dicts[source] for name, source in columns.items() if source in dicts and name not in NUMBERS}
     return Features(plain | kept)
 
 
@@ -111,15 +113,33 @@ def _finite_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _seconds(value: Any) -> float | None:
+    """A number as it is, a date or its ISO text as seconds since 1970 (UTC where it has no zone); None for others."""
+    number = _finite_number(value)
+    if number is not None:
+        return number
+    try:
+        moment = pd.Timestamp(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if moment is pd.NaT else moment.timestamp()
+
+
+NUMBERS: Mapping[str, Callable[[Any], float | None]] = {"label": _finite_number, "time": _seconds}
+"""The result's columns that hold numbers, and the rule of each."""
+
+
 def _bad_value(name: str, source: str, value: Any, place: str) -> ValueError:
-    wanted = "a finite number" if name == "label" else "a text that is not blank, a number or a dict"
+    wanted = {"label": "a finite number", "time": "a number, a date or its ISO text"}.get(
+        name, "a text that is not blank, a number or a dict"
+    )
     return ValueError(
         f"{argument_of(name)}={source!r}: {place} holds {reprlib.repr(value)}, where {wanted} has to stand. "
         "Correct the row, or leave it out of the log."
     )
 
 
-# Cleaning: whole tables at once, rows of a stream one by one, by the same two rules.
+# Cleaning: whole tables at once, rows of a stream one by one, by the same rules.
 
 
 def clean_table(table: pa.Table, columns: Mapping[str, str], first_row: int, file: str = "") -> pa.Table:
@@ -134,8 +154,8 @@ def _clean_column(
 ) -> pa.ChunkedArray | pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if name == "label":
-        rule: Callable[[Any], Any] = _finite_number
+    if name in NUMBERS:
+        rule: Callable[[Any], Any] = NUMBERS[name]
         fast, kind = _numbers_at_once(column), pa.float64()
     elif left_alone(column.type):
         if column.null_count == 0:
@@ -183,8 +203,8 @@ def clean_row(
     cleaned: dict[str, Any] = {}
     for name, source in columns.items():
         value: Any = row.get(source)
-        if name == "label":
-            cleaned[name] = _finite_number(value)
+        if name in NUMBERS:
+            cleaned[name] = NUMBERS[name](value)
         elif source in dicts:
             cleaned[name] = value
             if isinstance(value, dict) and dicts[source] is not None:

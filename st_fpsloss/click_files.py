@@ -17,7 +17,7 @@ import pyarrow.parquet
 from st_fpsloss.click_columns import BATCH_ROWS, dict_array, empty_log
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_SUFFIXES = (*_DELIMITERS, ".parquet", ".jsonl")
+SUFFIXES = (*_DELIMITERS, ".parquet", ".jsonl")
 # Bytes of a CSV file that are looked at before it is parsed.
 _START_BYTES = 1 << 16
 
@@ -34,9 +34,9 @@ def checked_paths(source: Any) -> list[Path]:
         raise ValueError("source=[] names no file. Pass at least one path.")
     paths = [Path(path) for path in sources]
     for path in paths:
-        if path.suffix.lower() not in _SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             raise ValueError(
-                f"source={str(path)!r} has the unknown suffix {path.suffix!r}. Known are {', '.join(_SUFFIXES)}: "
+                f"source={str(path)!r} has the unknown suffix {path.suffix!r}. Known are {', '.join(SUFFIXES)}: "
                 "write the log as one of these."
             )
         if not path.is_file():

@@ -1,14 +1,15 @@
 """Click logs: read and check one, split it by time, turn it into next-item pairs.
 
-Here is :func:`load_clicks`. :func:`leave_last_out` and :func:`split_by_time` are written in ``splits.py``,
-:func:`next_item_pairs` and :func:`histories` in ``next_item.py``; all of them are imported from here. Below are
-``click_columns.py`` (the rules for columns and values), ``click_files.py`` (reading files) and ``rows_by_user.py``
-(sorting a log).
+Here are :func:`load_clicks` and :func:`load_inputs`. :func:`leave_last_out`, :func:`split_by_time` and
+:func:`hold_out` are written in ``splits.py``, :func:`next_item_pairs` and :func:`histories` in ``next_item.py``; all of
+them are imported from here. Below are ``click_columns.py`` (the rules for columns and values), ``click_files.py``
+(reading files) and ``rows_by_user.py`` (sorting a log).
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from st_fpsloss.click_columns import (
     BATCH_ROWS,
+    NUMBERS,
     check_columns,
     chosen_columns,
     clean_row,
@@ -29,14 +31,23 @@ from st_fpsloss.click_columns import (
     result_features,
 )
 from st_fpsloss.click_files import checked_paths, column_names, read_tables
-from st_fpsloss.next_item import histories, next_item_pairs
-from st_fpsloss.splits import leave_last_out, split_by_time
+from st_fpsloss.next_item import histories, next_item_pairs, next_item_windows
+from st_fpsloss.splits import hold_out, leave_last_out, split_by_time
 
-__all__ = ["histories", "leave_last_out", "load_clicks", "next_item_pairs", "split_by_time"]
+__all__ = [
+    "histories",
+    "hold_out",
+    "leave_last_out",
+    "load_clicks",
+    "load_inputs",
+    "next_item_pairs",
+    "next_item_windows",
+    "split_by_time",
+]
 
 # How the names of the integer and the other number types of datasets begin.
 _INTEGERS = ("int", "uint")
-_NUMBERS = (*_INTEGERS, "float")
+_ANY_NUMBERS = (*_INTEGERS, "float")
 # Rows of a stream without features that are read ahead to learn which keys its dicts have.
 _HEAD_ROWS = 1_000
 
@@ -48,6 +59,7 @@ def load_clicks(
     label: str | None = None,
     negatives: Sequence[str] = (),
     streaming: bool = False,
+    time: str | None = None,
 ) -> Dataset | IterableDataset:
     """Reads a click log into the columns that ``SentenceTransformerTrainer`` takes, and checks every row.
 
@@ -65,17 +77,19 @@ def load_clicks(
             ``false`` count as 1 and 0.
         negatives: The source's columns with negative documents, in the order wanted.
         streaming: Read the files row by row while training, instead of all at once.
+        time: The source's column with the time of each row, to split the log by it. The trainer would take it for a
+            document: remove it before.
 
     Returns:
-        The columns ``query``, ``document``, ``negative_1`` to ``negative_n`` and, where ``label`` is given,
-        ``label`` (float), in this order. An ``IterableDataset`` for a stream, with its ``features`` set; a
-        ``Dataset`` otherwise.
+        The columns ``query``, ``document``, ``negative_1`` to ``negative_n`` and, where they are given, ``label``
+        (float) and ``time`` (float; dates and their ISO texts become seconds since 1970), in this order. An
+        ``IterableDataset`` for a stream, with its ``features`` set; a ``Dataset`` otherwise.
 
     Raises:
         ValueError: If a column is missing or used twice, the log is empty, a file is missing, has an unknown suffix
-            or holds something else than its name says, a text is None, empty or blank, or a label is no finite
-            number. Rows are counted from 0. In a stream a bad row raises when it is reached; with several workers
-            on an ``IterableDataset`` each worker counts its own rows.
+            or holds something else than its name says, a text is None, empty or blank, a label is no finite number, or
+            a time neither a number nor a date. Rows are counted from 0. In a stream a bad row raises when it is
+            reached; with several workers on an ``IterableDataset`` each worker counts its own rows.
 
     Example:
         >>> from datasets import Dataset
@@ -84,14 +98,53 @@ def load_clicks(
         >>> load_clicks(log, query="searched", document="item", label="clicks")[0]
         {'query': 'red shoes', 'document': '17', 'label': 2.0}
     """
-    columns = chosen_columns(query, document, label, negatives)
+    columns = chosen_columns(query, document, label, negatives, time)
     if isinstance(source, IterableDataset):
         return _load_stream(source, columns)
     if isinstance(source, Dataset):
         if streaming:
             raise ValueError("streaming=True is for files. For a stream pass source.to_iterable_dataset().")
         return _load_dataset(source, columns)
-    return _load_files(checked_paths(source), columns, streaming)
+    paths = checked_paths(source)
+    return _stream_files(paths, columns) if streaming else _load_files(paths, columns)
+
+
+def load_inputs(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Dataset, column: str, ids: str | None = None
+) -> dict[Any, Any]:
+    """Reads the documents of a corpus, or queries, by the rules of :func:`load_clicks`.
+
+    Args:
+        source: A CSV, TSV, Parquet or JSONL file, a list of files of one such kind, or a ``Dataset``.
+        column: The source's column with the inputs, texts or dicts.
+        ids: The source's column with their ids, which become strings. None numbers the rows from 0.
+
+    Returns:
+        Id -> input, in the order of the rows: what :class:`st_fpsloss.DocumentIndex` and
+        :class:`st_fpsloss.RetrievalEvaluator` take.
+
+    Raises:
+        ValueError: As :func:`load_clicks`, and if an id occurs twice.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from st_fpsloss.clicks import load_inputs
+        >>> load_inputs(Dataset.from_dict({"sku": [17, 4], "title": ["red shoes", "tent"]}), "title", ids="sku")
+        {'17': 'red shoes', '4': 'tent'}
+    """
+    # Of the columns' roles, "query" and "document" alone are read as inputs.
+    columns = {"document": column} if ids is None else {"query": ids, "document": column}
+    read = (
+        _load_dataset(source, columns) if isinstance(source, Dataset) else _load_files(checked_paths(source), columns)
+    )
+    inputs = read["document"][:]
+    if ids is None:
+        return dict(enumerate(inputs))
+    by_id = dict(zip(read["query"][:], inputs, strict=True))
+    if len(by_id) < len(inputs):
+        repeated = next(one for one, count in Counter(read["query"]).items() if count > 1)
+        raise ValueError(f"ids={ids!r}: {repeated!r} occurs more than once. Give every row an id of its own.")
+    return by_id
 
 
 def _load_dataset(source: Dataset, columns: Mapping[str, str]) -> Dataset:
@@ -131,7 +184,7 @@ def _load_stream(source: IterableDataset, columns: Mapping[str, str]) -> Iterabl
     if source.features:
         for name, column in columns.items():
             # Read as text, a value of another type reaches the check here; datasets refuses it without naming the row.
-            if getattr(source.features[column], "dtype", "").startswith(_NUMBERS if name == "label" else _INTEGERS):
+            if getattr(source.features[column], "dtype", "").startswith(_ANY_NUMBERS if name in NUMBERS else _INTEGERS):
                 source = source.cast_column(column, Value("string"))
         kinds = source.features.arrow_schema
         dicts = {name: source.features[name] for name in columns.values() if left_alone(kinds.field(name).type)}
@@ -169,12 +222,10 @@ def _dict_types(head: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -
     return types
 
 
-def _load_files(paths: Sequence[Path], columns: Mapping[str, str], streaming: bool) -> Dataset | IterableDataset:
+def _load_files(paths: Sequence[Path], columns: Mapping[str, str]) -> Dataset:
     for path in paths:
         check_columns(column_names(path), columns, path.name)
-    place = ", ".join(path.name for path in paths)
-    if streaming:
-        return _stream_files(paths, columns, place)
+    place = _names(paths)
     tables = []
     for path in paths:
         first_row = 0
@@ -191,10 +242,12 @@ def _load_files(paths: Sequence[Path], columns: Mapping[str, str], streaming: bo
         ) from error
 
 
-def _stream_files(paths: Sequence[Path], columns: Mapping[str, str], place: str) -> IterableDataset:
+def _stream_files(paths: Sequence[Path], columns: Mapping[str, str]) -> IterableDataset:
+    for path in paths:
+        check_columns(column_names(path), columns, path.name)
     first = next((table for path in paths for table in read_tables(path, columns) if len(table)), None)
     if first is None:
-        raise empty_log(place)
+        raise empty_log(_names(paths))
     types = {field.name: field.type for field in first.schema if left_alone(field.type)}
     dicts = dict(Features.from_arrow_schema(pa.schema(types.items())))
     return IterableDataset.from_generator(
@@ -202,6 +255,10 @@ def _stream_files(paths: Sequence[Path], columns: Mapping[str, str], place: str)
         features=result_features(columns, dicts),
         gen_kwargs={"paths": [str(path) for path in paths], "columns": columns, "types": types},
     )
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)
 
 
 def _clean_file_rows(

@@ -36,6 +36,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def distinct(inputs: Iterable[Any]) -> dict[str, Any]:
+    """Spelling -> input, each once, in the order in which they first occur.
+
+    Example:
+        >>> list(distinct(["tent", {"text": "a", "year": None}, "tent", {"text": "a"}]).values())
+        ['tent', {'text': 'a', 'year': None}]
+    """
+    found: dict[str, Any] = {}
+    for value in inputs:
+        found.setdefault(spelling(value), value)
+    return found
+
+
 def spellings(dataset: Dataset, column: str) -> list[str]:
     """The spelling of every row of a column."""
     values = dataset.data.column(column)

@@ -1,4 +1,4 @@
-"""Splits of a log into train, validation and test: by each user's last rows, or at two points in time."""
+"""Splits of a log: by each user's last rows, at points in time, or with a part held out."""
 
 from __future__ import annotations
 
@@ -91,6 +91,50 @@ def split_by_time(
                 f"the times of column {time!r} go from {times.min()} to {times.max()}. Choose other points."
             )
     return DatasetDict({name: log.select(np.flatnonzero(part)) for name, part in parts.items()})
+
+
+def hold_out(log: Dataset, fraction: float, time: str | None = None, seed: int = 0) -> DatasetDict:
+    """Holds out a part of a log: its newest rows, or rows at random.
+
+    Args:
+        log: The log, one row for each click or rating.
+        fraction: About this part of the rows is held out, above 0 and below 1.
+        time: The column of times (numbers, timestamps or dates): the newest rows are held out. Rows of one time stay
+            together, so it may be a few more. None holds out rows at random.
+        seed: Of the random rows.
+
+    Returns:
+        ``train`` and ``test``, each in the order of the log.
+
+    Raises:
+        ValueError: If the column is missing or unfit, ``fraction`` is out of range, or a part would be empty.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from st_fpsloss.clicks import hold_out
+        >>> log = Dataset.from_dict({"item": [5, 6, 7, 8], "time": [40, 10, 30, 20]})
+        >>> {name: split["item"][:] for name, split in hold_out(log, fraction=0.5, time="time").items()}
+        {'train': [6, 8], 'test': [5, 7]}
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction={fraction!r} has to lie between 0 and 1, such as 0.05.")
+    count = round(fraction * len(log))
+    if time is not None:
+        times = time_column(log, time).to_numpy()
+        count = max(count, 1)
+        is_test = times >= np.partition(times, -count)[-count]
+    else:
+        is_test = np.zeros(len(log), dtype=bool)
+        is_test[np.random.default_rng(seed).permutation(len(log))[:count]] = True
+    if not is_test.any() or is_test.all():
+        part = "no row is" if not is_test.any() else "every row is"
+        raise ValueError(
+            f"fraction={fraction!r} of {len(log)} rows: {part} held out. Choose another fraction"
+            f"{' or another column of times' if time is not None else ''}."
+        )
+    return DatasetDict(
+        {name: log.select(np.flatnonzero(part)) for name, part in (("train", ~is_test), ("test", is_test))}
+    )
 
 
 def _point_in_time(point: Any, times: pd.Series, argument: str) -> Any:

@@ -9,15 +9,15 @@ from st_fpsloss.towers.feature import Feature
 from st_fpsloss.towers.id_features import Categorical, History, Tags
 from st_fpsloss.towers.numerical import Numerical
 
-__all__ = ["Categorical", "Feature", "History", "Numerical", "Tags", "checked_features", "feature_from_dict"]
+__all__ = ["KINDS", "Categorical", "Feature", "History", "Numerical", "Tags", "checked_features", "feature_from_dict"]
 
-_KINDS: dict[str, type[Feature]] = {kind.__name__: kind for kind in (Categorical, Numerical, Tags, History)}
+KINDS: dict[str, type[Feature]] = {kind.__name__: kind for kind in (Categorical, Numerical, Tags, History)}
 
 
 def feature_from_dict(held: Mapping[str, Any]) -> Feature:
     """Returns the feature that :meth:`Feature.to_dict` wrote down."""
     arguments = dict(held)
-    return _KINDS[arguments.pop("type")](**arguments)
+    return KINDS[arguments.pop("type")](**arguments)
 
 
 def checked_features(features: object) -> tuple[Feature, ...]:

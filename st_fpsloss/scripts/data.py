@@ -1,0 +1,145 @@
+"""Rows from files or from the Hub: the training data of a script, what is held out of it, and its evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from st_fpsloss.click_evaluation import clicks_evaluator
+from st_fpsloss.click_files import SUFFIXES
+from st_fpsloss.clicks import hold_out, load_clicks, load_inputs
+from st_fpsloss.evaluation import RetrievalEvaluator
+
+_FILES = f"files ({', '.join(SUFFIXES)}), or the id of a data set on the Hub"
+
+
+@dataclass
+class DataArguments:
+    """Which rows to read."""
+
+    dataset: list[str] = field(metadata={"help": f"rows of queries and documents: {_FILES}"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set on the Hub"})
+    dataset_split: str = field(default="train", metadata={"help": "split of the data set on the Hub"})
+    query_column: str = field(default="query", metadata={"help": "texts, or JSON objects (structs) with features"})
+    document_column: str = field(default="document", metadata={"help": "documents of the queries, the same"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "relevance r or grade: above 0 a click, otherwise shown and not clicked"}
+    )
+
+    def read(self, dataset: Sequence[str] | None = None, split: str | None = None, **columns: Any) -> Dataset:
+        """Reads the rows, or those of another data set with the same columns.
+
+        Args:
+            dataset: Files or the id of a data set; None for the script's own.
+            split: Split on the Hub; None for the script's own.
+            columns: Further columns, as :func:`st_fpsloss.clicks.load_clicks` names them.
+
+        Returns:
+            The columns of :func:`st_fpsloss.clicks.load_clicks`.
+        """
+        source = source_of(
+            self.dataset if dataset is None else dataset, self.dataset_config, split or self.dataset_split
+        )
+        return load_clicks(source, query=self.query_column, document=self.document_column, **columns)
+
+    def read_documents(self, documents: Sequence[str] | None) -> list[Any]:
+        """Reads the column of documents alone; [] for None."""
+        if documents is None:
+            return []
+        return list(load_inputs(source_of(documents, None, self.dataset_split), self.document_column).values())
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate on while and after training."""
+
+    eval_dataset: list[str] | None = field(
+        default=None, metadata={"help": f"rows to evaluate on, with the columns of the training rows: {_FILES}"}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split on the Hub to evaluate on, of the data set or of the eval_dataset"}
+    )
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "hold out this part of the training rows, such as 0.05"}
+    )
+    time_column: str | None = field(
+        default=None, metadata={"help": "hold out the newest rows by this column (numbers or dates) instead of random"}
+    )
+    documents: list[str] | None = field(
+        default=None,
+        metadata={"help": f"the whole catalogue, in the document column: {_FILES}; default: the documents of the rows"},
+    )
+    exclude_seen: bool = field(
+        default=False, metadata={"help": "leave out of a query's ranking the documents that it has in training"}
+    )
+    at: list[int] = field(default_factory=lambda: [1, 10, 20, 100], metadata={"help": "cutoffs of the metrics"})
+
+    def read(
+        self, data: DataArguments, label: str | None, negatives: Sequence[str] = ()
+    ) -> tuple[Dataset, Dataset | None]:
+        """Reads the rows to train on and those to evaluate on.
+
+        Args:
+            data: Where they come from.
+            label: Column of the relevance or grade.
+            negatives: Columns of negative documents, of the training rows alone.
+
+        Returns:
+            The two; None where nothing is to be evaluated.
+
+        Raises:
+            ValueError: If there is more than one way to hold rows out, and as :func:`st_fpsloss.clicks.load_clicks`.
+        """
+        elsewhere = self.eval_dataset is not None or self.eval_split is not None
+        if elsewhere and self.eval_fraction is not None:
+            raise ValueError(
+                "--eval_fraction holds out training rows, --eval_dataset and --eval_split name other rows: pass one."
+            )
+        if self.time_column is not None and self.eval_fraction is None:
+            raise ValueError("--time_column says which rows are held out: pass --eval_fraction too, such as 0.05.")
+        if self.eval_fraction is None:
+            held_out = data.read(self.eval_dataset, self.eval_split, label=label) if elsewhere else None
+            return data.read(label=label, negatives=negatives), held_out
+        rows = data.read(label=label, negatives=negatives, time=self.time_column)
+        parts = hold_out(rows, self.eval_fraction, None if self.time_column is None else "time")
+        if self.time_column is not None:
+            parts = parts.remove_columns("time")
+        return parts["train"], parts["test"]
+
+    def evaluator(
+        self, data: DataArguments, train: Dataset, held_out: Dataset | None, batch_size: int
+    ) -> RetrievalEvaluator | None:
+        """Returns the evaluator of the rows that are held out, over the catalogue; None where there are none."""
+        if held_out is None:
+            return None
+        documents = self.catalogue(data, train)
+        seen = train if self.exclude_seen else None
+        return clicks_evaluator(held_out, documents, seen, at=self.at, batch_size=batch_size)
+
+    def catalogue(self, data: DataArguments, train: Dataset) -> list[Any]:
+        """Returns the documents of ``--documents``, or those of the training rows."""
+        return data.read_documents(self.documents) or train.with_format(None)["document"][:]
+
+
+def source_of(dataset: Sequence[str], config: str | None, split: str) -> list[str] | Dataset:
+    """Returns the files, or the data set that is loaded from the Hub (or from a folder, as ``load_dataset`` does).
+
+    Raises:
+        ValueError: If there is no such data set.
+    """
+    if any(Path(name).suffix.lower() in SUFFIXES for name in dataset):
+        return list(dataset)
+    if len(dataset) != 1:
+        raise ValueError(f"{list(dataset)} are no files of a known kind ({', '.join(SUFFIXES)}), and not one Hub id.")
+    try:
+        return load_dataset(dataset[0], config, split=split)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"{dataset[0]!r} is no file of a known kind ({', '.join(SUFFIXES)}), and loading it from the Hub failed: "
+            f"{error}"
+        ) from error

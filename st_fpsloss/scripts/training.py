@@ -1,0 +1,118 @@
+"""A training run of a script on the stock trainer: columns, resuming, evaluation, saving and pushing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from st_fpsloss.callbacks import LossStateCallback, last_complete_checkpoint
+from st_fpsloss.evaluation import RetrievalEvaluator
+from st_fpsloss.input_codes import LABEL_COLUMNS
+from st_fpsloss.losses.base import ClickLoss
+
+LAST_CHECKPOINT = "last"
+"""What ``--resume_from_checkpoint`` says for the newest complete checkpoint, or the start where there is none."""
+
+
+def start_logging(training: SentenceTransformerTrainingArguments) -> None:
+    """Logs what the package says, on the main process alone."""
+    level = logging.INFO if training.process_index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def checkpoint_to_resume(training: SentenceTransformerTrainingArguments) -> str | None:
+    """Returns the checkpoint that ``--resume_from_checkpoint`` asks for; None starts anew.
+
+    Raises:
+        ValueError: If it is no folder, or ``output_dir`` holds checkpoints and nothing is said about them: a new run
+            would mix its own with them.
+    """
+    asked, folder = training.resume_from_checkpoint, Path(training.output_dir)
+    if asked == LAST_CHECKPOINT:
+        return last_complete_checkpoint(folder)
+    if asked is None:
+        if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            raise ValueError(
+                f"--output_dir={folder} holds checkpoints of an earlier run. Pass --resume_from_checkpoint "
+                f"{LAST_CHECKPOINT} to go on with it, or another output_dir."
+            )
+        return None
+    if not Path(asked).is_dir():
+        raise ValueError(
+            f"--resume_from_checkpoint={asked!r} is no folder. Pass a checkpoint, or {LAST_CHECKPOINT} for the newest "
+            "complete one in output_dir."
+        )
+    return asked
+
+
+def set_columns(
+    training: SentenceTransformerTrainingArguments, model: SentenceTransformer, columns: Sequence[str]
+) -> None:
+    """Tells the trainer which column goes to which tower, and which prompts of the model stand before it.
+
+    What the command line says comes first.
+
+    Args:
+        training: The training arguments, changed in place.
+        model: The model, which may have prompts for queries and documents.
+        columns: Those of the training rows: the query, then documents, and a label.
+    """
+    query, *documents = [column for column in columns if column not in LABEL_COLUMNS]
+    towers = {query: "query", **dict.fromkeys(documents, "document")}
+    if not training.router_mapping:
+        training.router_mapping = towers
+    if training.prompts is None:
+        prompts = {column: model.prompts.get(tower) for column, tower in towers.items()}
+        training.prompts = {column: prompt for column, prompt in prompts.items() if prompt} or None
+
+
+def document_prompt(training: SentenceTransformerTrainingArguments) -> str | None:
+    """Returns what stands before documents in training, after :func:`set_columns`."""
+    prompts = training.prompts
+    return prompts.get("document") if isinstance(prompts, dict) else prompts
+
+
+def run(
+    model: SentenceTransformer,
+    loss: ClickLoss,
+    rows: Dataset,
+    evaluator: RetrievalEvaluator | None,
+    training: SentenceTransformerTrainingArguments,
+) -> dict[str, float]:
+    """Trains, evaluates, and writes model, model card and metrics to ``output_dir``; pushes them where asked.
+
+    Args:
+        model: The model, changed in place.
+        loss: Its loss.
+        rows: What to train on.
+        evaluator: Evaluates as ``eval_strategy`` says, and at the end; None does not.
+        training: The training arguments, after :func:`set_columns`.
+
+    Returns:
+        The metrics at the end; {} without an evaluator.
+    """
+    checkpoint = checkpoint_to_resume(training)
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=training,
+        train_dataset=rows,
+        loss=loss,
+        evaluator=evaluator,
+        callbacks=[LossStateCallback(loss)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics: dict[str, float] = {}
+    if evaluator is not None:
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+    if training.push_to_hub:  # saves first
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+    return metrics

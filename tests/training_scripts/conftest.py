@@ -1,0 +1,92 @@
+"""The scripts' mains, and a small log of texts whose documents have a word of their query."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from st_fpsloss.towers import id_transformer
+from tests.losses.conftest import WORDS
+
+SCRIPTS = Path(__file__).parents[2] / "training_scripts"
+NAMES = ("pretrain", "finetune", "evaluate", "index", "movielens_files")
+QUIET = ["--disable_tqdm", "True", "--use_cpu", "--logging_steps", "1"]
+
+
+def main_of(name: str) -> Callable[[list[str]], Any]:
+    """A script's ``main``, which takes the words of the command line."""
+    qualified = f"training_scripts_{name}"
+    if qualified not in sys.modules:
+        spec = importlib.util.spec_from_file_location(qualified, SCRIPTS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[qualified] = module  # the types of its dataclasses are looked up there
+        spec.loader.exec_module(module)
+    return sys.modules[qualified].main
+
+
+def run(name: str, *words: Any) -> Any:
+    return main_of(name)([str(word) for word in words])
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def log_rows(count: int = 160, seed: int = 0) -> list[dict[str, Any]]:
+    """A query is a word; each of its documents begins with it, and has as many stars as other words."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        word, length = rng.choice(WORDS), rng.randint(1, 3)
+        document = " ".join([word, *rng.choices(WORDS, k=length)])
+        other = " ".join(rng.choices([one for one in WORDS if one != word], k=3))
+        rows.append({"q": word, "d": document, "worse": other, "day": f"2024-01-{1 + number // 8:02}", "stars": length})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log in ``log.jsonl``, its newest day in ``new.jsonl``, and an encoder in ``encoder``."""
+    folder = tmp_path_factory.mktemp("scripts")
+    rows = log_rows()
+    write(folder / "log.jsonl", rows)
+    write(folder / "new.jsonl", log_rows(24, seed=1))
+    torch.manual_seed(0)
+    encoder = SentenceTransformer(modules=[id_transformer(WORDS, 16, 1, 2, max_seq_length=20, dropout=0.0)])
+    encoder.save_pretrained(str(folder / "encoder"))
+    return folder
+
+
+def data_of(folder: Path) -> list[Any]:
+    return ["--dataset", folder / "log.jsonl", "--query_column", "q", "--document_column", "d"]
+
+
+def towers_of(folder: Path) -> list[Any]:
+    towers = ["--query_model", folder / "encoder", "--document_model", folder / "encoder"]
+    return [*towers, "--hidden_dims", 16, "--embedding_dim", 8, "--per_device_train_batch_size", 32]
+
+
+@pytest.fixture(scope="session")
+def pretrained(folder: Path) -> Path:
+    """What pretrain.py makes of the log in 40 steps; the last days are held out."""
+    output = folder / "pretrained"
+    held_out = ["--eval_fraction", 0.1, "--time_column", "day", "--at", 1, 10]
+    training = ["--max_steps", 40, "--learning_rate", 1e-2, "--save_strategy", "no", "--output_dir", output]
+    run("pretrain", *data_of(folder), *towers_of(folder), *held_out, *training, *QUIET)
+    return output
+
+
+def weights_of(path: Path, **options: Any) -> torch.Tensor:
+    model = SentenceTransformer(str(path), device="cpu", **options)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

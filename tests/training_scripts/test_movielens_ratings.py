@@ -1,0 +1,74 @@
+"""The example of the scripts on ratings: users and films with features, pretrained, then fine-tuned on the stars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from st_fpsloss.graded import graded_pairs
+from tests.training_scripts.conftest import QUIET, run, weights_of
+
+FEATURES = [
+    "--query_features", "user=Categorical", "age=Numerical", "gender=Categorical", "occupation=Categorical",
+    "--document_features", '{"type": "Categorical", "name": "film", "buckets": 2000}', "genres=Tags", "year=Numerical",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def movielens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MovieLens as files, cut to the rows of ten users."""
+    folder = tmp_path_factory.mktemp("movielens")
+    run("movielens_files", "--output_dir", folder)
+    for name, count in (("train", 98_114), ("validation", 943), ("test", 943)):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        assert len(lines) == count
+        mine = [line for line in lines if int(json.loads(line)["query"]["user"]) <= 10]
+        (folder / f"{name}.jsonl").write_text("".join(mine))
+    assert len((folder / "documents.jsonl").read_text().splitlines()) == 1_682
+    return folder
+
+
+def test_a_model_with_features_is_pretrained_fine_tuned_on_ratings_evaluated_and_searched(
+    movielens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = json.loads((movielens / "train.jsonl").read_text().splitlines()[0])
+    assert set(row["query"]) == {"user", "age", "gender", "occupation"} and 1 <= row["rating"] <= 5
+    held_out = ["--eval_dataset", movielens / "validation.jsonl", "--documents", movielens / "documents.jsonl"]
+    common = ["--dataset", movielens / "train.jsonl", *held_out, "--exclude_seen", "--at", 10, *QUIET]
+    short = ["--max_steps", 3, "--save_strategy", "no", "--learning_rate", 1e-2, "--per_device_train_batch_size", 64]
+    sizes = ["--hidden_dims", 0, "--embedding_dim", 8, "--document_bias"]
+    before = run("pretrain", *common, *short, *FEATURES, *sizes, "--output_dir", tmp_path / "clicks")
+    rated = ["--model", tmp_path / "clicks", "--trust_remote_code", "--grade_column", "rating", "--max_pairs", 20]
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        run("finetune", *common, *short, *rated[:2], "--output_dir", tmp_path / "refused")
+    after = run("finetune", *common, *short, *rated, "--loss", "pair_ce", "--output_dir", tmp_path / "rated")
+    assert set(before) == set(after)
+    old, new = (weights_of(tmp_path / name, trust_remote_code=True) for name in ("clicks", "rated"))
+    assert not torch.equal(old, new)
+
+    seen = ["--seen", movielens / "train.jsonl", movielens / "validation.jsonl", "--trust_remote_code"]
+    models = ["--models", tmp_path / "clicks", tmp_path / "rated"]
+    test = ["--dataset", movielens / "test.jsonl", "--documents", movielens / "documents.jsonl", "--at", 10]
+    figures = run("evaluate", *models, *test, *seen)
+    assert (figures["queries"], figures["documents"]) == (10, 1_682)
+
+    place = ["--model", tmp_path / "rated", "--trust_remote_code", "--index", tmp_path / "index"]
+    capsys.readouterr()
+    run("index", *place, "--documents", movielens / "documents.jsonl", "--query", json.dumps(row["query"]), "-k", 2)
+    best = capsys.readouterr().out.splitlines()[1].split("\t")
+    assert json.loads(best[0]) == row["query"] and "genres" in json.loads(best[4])
+
+
+def test_the_stars_of_a_user_become_pairs(movielens: Path) -> None:
+    rows = [json.loads(line) for line in (movielens / "train.jsonl").read_text().splitlines()]
+    judged = Dataset.from_list([{**row, "grade": row["rating"]} for row in rows])
+    stars = {(row["query"]["user"], row["document"]["film"]): row["rating"] for row in rows}
+    pairs = graded_pairs(judged, max_pairs=30)
+    assert len(pairs) == 30 * 10
+    for pair in pairs:
+        user, better, worse = pair["query"]["user"], pair["document"]["film"], pair["negative_1"]["film"]
+        assert stars[user, better] > stars[user, worse]

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
+from st_fpsloss.scripts.training import set_columns
+from tests.click_logs import refusal
+from tests.training_scripts.conftest import NAMES, QUIET, data_of, main_of, run, towers_of, weights_of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_shows_the_examples_as_they_are_written(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(name, "--help")
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    description = (main_of(name).__globals__["__doc__"] or "").strip()
+    assert f"    python training_scripts/{name}.py" in description
+    assert description in shown
+    if name in ("pretrain", "finetune"):
+        assert "accelerate launch" in description
+        for stock in ("--push_to_hub", "--hub_model_id", "--learning_rate_mapping", "--num_train_epochs"):
+            assert stock in shown
+
+
+def test_a_pretrained_model_has_a_card_metrics_and_no_need_of_this_package(pretrained: Path) -> None:
+    metrics = json.loads((pretrained / "eval_results.json").read_text())
+    assert metrics["eval_hr@10"] > 0.9  # of 17 queries' documents: a model that learned nothing has about a tenth
+    card = (pretrained / "README.md").read_text()
+    assert "st_fpsloss.losses.fps.FPSLoss" in card and "'log_q': 'corrected'" in card
+    assert f"{metrics['eval_ndcg@10']:.4f}" in card
+    model = SentenceTransformer(str(pretrained), device="cpu")
+    assert model.encode_query(["fox"]).shape == (1, 8)
+    assert (
+        "st_fpsloss" not in (pretrained / "modules.json").read_text() + (pretrained / "router_config.json").read_text()
+    )
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_end(folder: Path, tmp_path: Path) -> None:
+    words = [
+        *data_of(folder),
+        *towers_of(folder),
+        "--max_steps",
+        4,
+        "--save_steps",
+        2,
+        "--output_dir",
+        tmp_path,
+        *QUIET,
+    ]
+    run("pretrain", *words, "--resume_from_checkpoint", "last")  # there is none yet
+    end = weights_of(tmp_path)
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run\. Pass --resume_from_checkpoint last"):
+        run("pretrain", *words)
+    for path in tmp_path.iterdir():
+        if path.name != "checkpoint-2":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tmp_path / "checkpoint-4").mkdir()  # killed while it saved
+    run("pretrain", *words, "--resume_from_checkpoint", "last")
+    torch.testing.assert_close(weights_of(tmp_path), end, rtol=0, atol=0)
+
+
+def test_a_data_set_that_is_no_file_goes_through_load_dataset(folder: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_json(str(folder / "log.jsonl"), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "repository").mkdir()
+    rows.to_parquet(tmp_path / "repository" / "train.parquet")
+    rows.select(range(20)).to_parquet(tmp_path / "repository" / "test.parquet")
+    data = DataArguments([str(tmp_path / "repository")], query_column="q", document_column="d")
+    train, held_out = EvaluationArguments(eval_split="test").read(data, label=None)
+    assert train["query"][:] == rows["q"][:] and train.column_names == ["query", "document"]
+    assert held_out is not None and held_out["document"][:] == rows["d"][:20]
+
+
+def test_the_newest_rows_are_held_out_and_their_time_is_no_column_of_the_training(folder: Path) -> None:
+    data = DataArguments([str(folder / "log.jsonl")], query_column="q", document_column="d")
+    train, held_out = EvaluationArguments(eval_fraction=0.1, time_column="day").read(data, label="stars")
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert held_out is not None
+    assert held_out["document"][:] == [row["d"] for row in rows if row["day"] >= "2024-01-19"]  # 16 rows
+    assert train["document"][:] == [row["d"] for row in rows if row["day"] < "2024-01-19"]
+    assert train.column_names == held_out.column_names == ["query", "document", "label"]
+
+
+def test_columns_go_to_their_towers_with_the_prompts_of_the_model() -> None:
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    from tests.losses.conftest import small_model
+
+    model = small_model()
+    model.prompts = {"query": "quick ", "document": ""}
+    training = SentenceTransformerTrainingArguments(use_cpu=True)
+    set_columns(training, model, ["query", "document", "label", "negative_1"])
+    assert training.router_mapping == {"query": "query", "document": "document", "negative_1": "document"}
+    assert training.prompts == {"query": "quick "}
+    chosen = SentenceTransformerTrainingArguments(use_cpu=True, router_mapping={"query": "document"}, prompts="a ")
+    set_columns(chosen, model, ["query", "document"])
+    assert (chosen.router_mapping, chosen.prompts) == ({"query": "document"}, "a ")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--query_column", "search"], ["query='search' is no column of log.jsonl", "'q', 'd'"]),
+        (["--dataset", "no/such-data"], ["'no/such-data' is no file of a known kind", "from the Hub failed"]),
+        (["--dataset", "absent.csv"], ["source='absent.csv' is no file"]),
+        (["--dataset", "a", "b"], ["['a', 'b'] are no files of a known kind", "not one Hub id"]),
+        (["--time_column", "day"], ["pass --eval_fraction too"]),
+        (["--eval_fraction", "0.1", "--time_column", "d"], ["time='d'", "where a number, a date or its ISO text"]),
+        (["--eval_fraction", "0.1", "--eval_dataset", "x.csv"], ["--eval_fraction holds out", "pass one"]),
+        (["--eval_fraction", "1.5"], ["fraction=1.5 has to lie between 0 and 1"]),
+        (["--margin", "1"], ["--margin is no argument of the loss 'fps'"]),
+        (["--query_features", "age=Numerical"], ["holds texts, so there is no 'age'"]),
+        (["--query_features", "age=Number"], ["'age=Number' is no feature", "Categorical, Numerical, Tags, History"]),
+        (["--shared_tower"], ["--document_model and --shared_tower contradict each other"]),
+        (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint='nowhere' is no folder"]),
+        (["--mask_known_positives", "--query_prompt", "q: "], ["--mask_known_positives does not know", "prompts"]),
+        (["--learning_rat", "1", "--colour", "red"], ["['--colour', 'red']"]),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(
+    words: list[str], parts: list[str], folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=refusal(*parts)):
+        run("pretrain", *data_of(folder), *towers_of(folder), *QUIET, "--output_dir", tmp_path, *words)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_tower_needs_an_encoder_or_features(folder: Path) -> None:
+    with pytest.raises(ValueError, match="Pass --document_model, a Hub id or a folder, or --document_features"):
+        run("pretrain", *data_of(folder), "--query_model", folder / "encoder")

@@ -1,0 +1,123 @@
+r"""Rank the catalogue for held-out queries with one model or several, and say how sure the figures are.
+
+The rows are (query, document), clicks or judgements with a grade, from files or the Hub. Every metric comes with a 95%
+bootstrap interval over the queries. With several models, each is compared with the first on the same queries: an
+interval of the difference that leaves out 0 says that the two differ.
+
+Examples:
+    python training_scripts/evaluate.py --models runs/films runs/films-rated --trust_remote_code \
+        --dataset data/movielens/test.jsonl --documents data/movielens/documents.jsonl \
+        --seen data/movielens/train.jsonl data/movielens/validation.jsonl --output runs/films/test.json
+
+    python training_scripts/evaluate.py --models me/nq-two-tower sentence-transformers/all-MiniLM-L6-v2 \
+        --dataset sentence-transformers/natural-questions --query_column query --document_column answer
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from st_fpsloss.click_evaluation import clicks_evaluator
+from st_fpsloss.evaluation import bootstrap_interval, paired_difference
+from st_fpsloss.files import write_whole
+from st_fpsloss.scripts.command_line import parse
+from st_fpsloss.scripts.data import DataArguments
+from st_fpsloss.scripts.models import load_model
+
+Interval = dict[str, float]
+
+
+@dataclass
+class Options:
+    """What to evaluate, and where the figures go."""
+
+    models: list[str] = field(metadata={"help": "folders or Hub ids; the first is what the others are compared with"})
+    documents: list[str] | None = field(
+        default=None, metadata={"help": "files or Hub id of the whole catalogue; default: the documents of the rows"}
+    )
+    seen: list[str] | None = field(
+        default=None, metadata={"help": "files or Hub id of rows whose documents are left out of their query's ranking"}
+    )
+    at: list[int] = field(default_factory=lambda: [1, 10, 20, 100], metadata={"help": "cutoffs of the metrics"})
+    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures"})
+    batch_size: int = field(default=32, metadata={"help": "inputs in one forward pass"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "needed for a model with features or a bias"})
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the whole of it; returns what the JSON file holds."""
+    options, data = parse(__doc__, (Options, DataArguments), argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if len(set(options.models)) < len(options.models):
+        raise ValueError(f"--models {' '.join(options.models)} names a model twice.")
+    evaluator = clicks_evaluator(
+        data.read(label=data.label_column),
+        documents=data.read_documents(options.documents),
+        seen=None if options.seen is None else data.read(options.seen),
+        at=options.at,
+        batch_size=options.batch_size,
+    )
+    values = {}
+    for name in options.models:
+        values[name] = evaluator.per_query(load_model(name, options.trust_remote_code))
+    first, *others = options.models
+    figures = {
+        "queries": len(evaluator.query_ids),
+        "documents": len(evaluator.corpus_ids),
+        "models": {name: {metric: mean(of_query) for metric, of_query in values[name].items()} for name in values},
+        "differences": {
+            name: {metric: difference(values[name][metric], of_query) for metric, of_query in values[first].items()}
+            for name in others
+        },
+    }
+    print_table(figures)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.output, json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def mean(of_query: np.ndarray) -> Interval:
+    """The mean over queries and its interval."""
+    low, high = bootstrap_interval(of_query)
+    return {"mean": float(of_query.mean()), "low": low, "high": high}
+
+
+def difference(of_query: np.ndarray, of_first: np.ndarray) -> Interval:
+    """The mean difference on the same queries and its interval."""
+    return dict(zip(("mean", "low", "high"), paired_difference(of_query, of_first), strict=True))
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """What the JSON file holds, for people."""
+    print(f"{figures['queries']} queries, {figures['documents']} documents; mean (95% interval)")
+    print_figures(figures["models"], "{:.4f}")
+    if figures["differences"]:
+        print(f"\ndifference from {next(iter(figures['models']))}, same queries")
+        print_figures(figures["differences"], "{:+.4f}")
+
+
+def print_figures(figures: dict[str, dict[str, Interval]], form: str) -> None:
+    """A line a metric, a column a model."""
+    cells = {
+        name: {
+            metric: f"{form.format(value['mean'])} ({form.format(value['low'])} to {form.format(value['high'])})"
+            for metric, value in metrics.items()
+        }
+        for name, metrics in figures.items()
+    }
+    widths = {name: max(map(len, (name, *column.values()))) + 2 for name, column in cells.items()}
+    print(" " * 12 + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    for metric in next(iter(cells.values())):
+        print(f"{metric:12}" + "".join(f"{cells[name][metric]:>{width}}" for name, width in widths.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+r"""Fine-tune a pretrained model on one's own task, with the loss and the negatives that suit it.
+
+The model is a folder (what pretrain.py wrote, or any sentence-transformers model) or a Hub id. The rows are (query,
+document), from files or the Hub, with negative columns, a label, a grade, or none of these. Model, model card and
+metrics are written to --output_dir. All training arguments of sentence-transformers are arguments here too.
+
+Examples:
+    Clicks, each against 10 sampled documents that its query did not click.
+
+    python training_scripts/finetune.py --model runs/shop --dataset orders.parquet \
+        --query_column search --document_column product --loss sampled_softmax --negatives sampled \
+        --num_negatives 10 --eval_fraction 0.05 --output_dir runs/shop-orders
+
+    Half of the negatives mined with the model itself, and the result pushed to the Hub.
+
+    python training_scripts/finetune.py --model me/nq-two-tower --dataset sentence-transformers/natural-questions \
+        --query_column query --document_column answer --loss fps --negatives mixed --num_negatives 4 \
+        --hard_first_rank 5 --hard_margin 0.05 --output_dir runs/nq --push_to_hub --hub_model_id me/nq-two-tower-2
+
+    Shown and not clicked: a label of 0 makes a row's document a negative of its query.
+
+    python training_scripts/finetune.py --model runs/shop --dataset impressions.parquet --label_column clicked \
+        --loss triplet --margin 0.2 --output_dir runs/shop-triplet
+
+    Ratings: the films that a user gave more stars against those with fewer. The files come from
+    training_scripts/movielens_files.py, the model, which has features, from pretrain.py. With more than two grades a
+    document is the better in one row and the worse in another, so positives are not masked (--duplicates keep).
+
+    python training_scripts/finetune.py --model runs/films --trust_remote_code \
+        --dataset data/movielens/train.jsonl --grade_column rating --max_pairs 50 --loss pair_ce \
+        --eval_dataset data/movielens/validation.jsonl --documents data/movielens/documents.jsonl --exclude_seen \
+        --output_dir runs/films-rated --learning_rate 1e-4 --num_train_epochs 1
+
+    On several processes, going on after an interruption with the same command.
+
+    accelerate launch --num_processes 2 training_scripts/finetune.py ... --save_steps 1000 \
+        --resume_from_checkpoint last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import set_seed
+
+from st_fpsloss.scripts.command_line import parse
+from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
+from st_fpsloss.scripts.loss import LossArguments, LossName, make_loss
+from st_fpsloss.scripts.models import load_model
+from st_fpsloss.scripts.negatives import NegativeArguments
+from st_fpsloss.scripts.training import run, set_columns, start_logging
+
+
+@dataclass
+class Options:
+    """What to fine-tune, and how."""
+
+    model: str = field(metadata={"help": "folder or Hub id of the pretrained model"})
+    loss: LossName = field(default="pair_ce", metadata={"help": "the loss"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "needed for a model with features or a bias"})
+
+
+KINDS = (
+    Options,
+    DataArguments,
+    NegativeArguments,
+    LossArguments,
+    EvaluationArguments,
+    SentenceTransformerTrainingArguments,
+)
+DEFAULTS = {"output_dir": "runs/finetune", "per_device_train_batch_size": 64}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the whole of it; returns the metrics on what was held out."""
+    options, data, negatives, loss_arguments, evaluation, training = parse(__doc__, KINDS, argv, **DEFAULTS)
+    start_logging(training)
+    set_seed(training.seed)
+    negatives.check(options.loss, data.label_column, loss_arguments)
+    label = negatives.grade_column or data.label_column
+    with training.main_process_first(local=False, desc="reading the data"):
+        rows, held_out = evaluation.read(data, label, negatives.negative_columns)
+    evaluator = evaluation.evaluator(data, rows, held_out, training.per_device_eval_batch_size)
+    catalogue = evaluation.catalogue(data, rows)
+    if negatives.grade_column is not None:
+        rows = negatives.compare_grades(rows, loss_arguments, training.seed)
+    model = load_model(options.model, options.trust_remote_code)
+    rows = negatives.add_columns(rows, model, catalogue, training)
+    set_columns(training, model, rows.column_names)
+    settings = negatives.settings(options.loss, rows, model, loss_arguments, training)
+    loss = make_loss(options.loss, model, loss_arguments, rows, training.prompts, **settings)
+    return run(model, loss, rows, evaluator, training)
+
+
+if __name__ == "__main__":
+    main()

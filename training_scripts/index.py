@@ -1,0 +1,120 @@
+r"""Build an index of documents with a model, or search it.
+
+Documents and queries are texts, or JSON objects with "text" and side features. Results are tab-separated lines: query,
+rank, document id, score, document.
+
+Examples:
+    python training_scripts/index.py --model runs/shop --index runs/shop/index \
+        --documents products.parquet --document_column title --id_column sku
+
+    python training_scripts/index.py --model runs/shop --index runs/shop/index --query "red shoes" "tent" -k 5
+
+    python training_scripts/index.py --model runs/shop --index runs/shop/index \
+        --queries searches.jsonl --query_column search --output found.tsv
+
+    cut -f 1 searches.tsv | python training_scripts/index.py --model runs/shop --index runs/shop/index --queries -
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from st_fpsloss import DocumentIndex
+from st_fpsloss.clicks import load_inputs
+from st_fpsloss.files import write_whole
+from st_fpsloss.input_codes import distinct
+from st_fpsloss.scripts.command_line import parse
+from st_fpsloss.scripts.data import source_of
+from st_fpsloss.scripts.models import load_model
+
+STDIN = "-"
+
+
+@dataclass
+class Options:
+    """What to index, and what to search for."""
+
+    model: str = field(metadata={"help": "folder or Hub id of the model"})
+    index: Path = field(metadata={"help": "folder of the index, to be written with --documents, else to be read"})
+    documents: list[str] | None = field(default=None, metadata={"help": "files or Hub id of the documents to index"})
+    document_column: str = field(default="document", metadata={"help": "column of the documents"})
+    id_column: str | None = field(
+        default=None, metadata={"help": "column of their ids; default: each document once, numbered"}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
+    dataset_split: str = field(default="train", metadata={"help": "split of a data set on the Hub"})
+    factory: str = field(default="Flat", metadata={"help": "kind of FAISS index; Flat is exact"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the index that is there"})
+    query: list[str] | None = field(default=None, metadata={"help": "queries to search for"})
+    queries: list[str] | None = field(
+        default=None,
+        metadata={"help": f"files or Hub id of queries to search for; {STDIN}: lines of the standard input"},
+    )
+    query_column: str = field(default="query", metadata={"help": "column of the queries"})
+    k: int = field(default=10, metadata={"help": "documents a query", "aliases": ["-k"]})
+    output: Path | None = field(default=None, metadata={"help": "file for the results; default: the standard output"})
+    batch_size: int = field(default=32, metadata={"help": "inputs in one forward pass"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "needed for a model with features or a bias"})
+
+    def __post_init__(self) -> None:
+        if self.query is not None and self.queries is not None:
+            raise ValueError("--query and --queries are two ways to give queries: pass one.")
+        if self.documents is None and self.query is None and self.queries is None:
+            raise ValueError("Pass --documents to build the index, or --query or --queries to search it, or both.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the whole of it."""
+    (options,) = parse(__doc__, (Options,), argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    queries = read_queries(options)
+    model = load_model(options.model, options.trust_remote_code)
+    if options.documents is not None:
+        source = source_of(options.documents, options.dataset_config, options.dataset_split)
+        documents = load_inputs(source, options.document_column, options.id_column)
+        if options.id_column is None:  # a log has its documents many times
+            documents = dict(enumerate(distinct(documents.values()).values()))
+        index = DocumentIndex.build(
+            model, documents, options.index, options.factory, options.batch_size, overwrite=options.overwrite
+        )
+    else:
+        index = DocumentIndex.load(options.index)
+    if not queries:
+        return
+    found = index.search(model, queries, options.k, batch_size=options.batch_size)
+    lines = ["query\trank\tid\tscore\tdocument"]
+    for query, best in zip(queries, found, strict=True):
+        for rank, (document_id, score) in enumerate(best, start=1):
+            cells = (shown(query), rank, document_id, f"{score:.6g}", shown(index.document(document_id)))
+            lines.append("\t".join(map(str, cells)))
+    if options.output is None:
+        print("\n".join(lines))
+    else:
+        write_whole(options.output, "\n".join(lines) + "\n")
+
+
+def read_queries(options: Options) -> list[Any]:
+    """The queries to search for, from the command line, the standard input or files."""
+    if options.query is not None or options.queries == [STDIN]:
+        lines = options.query or [line.rstrip("\r\n") for line in sys.stdin]
+        return [json.loads(line) if line.startswith("{") else line for line in lines if line.strip()]
+    if options.queries is None:
+        return []
+    source = source_of(options.queries, options.dataset_config, options.dataset_split)
+    return list(load_inputs(source, options.query_column).values())
+
+
+def shown(value: Any) -> str:
+    """An input on one line, without tabs."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

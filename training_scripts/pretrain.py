@@ -1,0 +1,71 @@
+r"""Pretrain a two-tower model on a click log with FPSLoss, evaluate it, and save it.
+
+The rows are (query, document), from files or the Hub. A query or document is a text, or a JSON object with "text" and
+side features. Model, model card and metrics are written to --output_dir. All training arguments of
+sentence-transformers are arguments here too.
+
+Examples:
+    A search log: a light tower of 2 layers for queries, the newest 5% of the clicks held out.
+
+    python training_scripts/pretrain.py --dataset clicks.parquet --query_column search --document_column product \
+        --query_model sentence-transformers/all-MiniLM-L6-v2 --query_layers 2 \
+        --document_model sentence-transformers/all-MiniLM-L6-v2 \
+        --eval_fraction 0.05 --time_column clicked_at --output_dir runs/shop --num_train_epochs 1
+
+    A data set of the Hub, and the model pushed to it.
+
+    python training_scripts/pretrain.py --dataset sentence-transformers/natural-questions \
+        --query_column query --document_column answer --eval_fraction 0.02 --similarity cosine \
+        --query_model sentence-transformers/all-MiniLM-L6-v2 --query_layers 2 \
+        --document_model sentence-transformers/all-MiniLM-L6-v2 \
+        --output_dir runs/nq --push_to_hub --hub_model_id me/nq-two-tower
+
+    Users and films with side features, as training_scripts/movielens_files.py writes them.
+
+    python training_scripts/pretrain.py --dataset data/movielens/train.jsonl \
+        --eval_dataset data/movielens/validation.jsonl --documents data/movielens/documents.jsonl --exclude_seen \
+        --query_features user=Categorical age=Numerical gender=Categorical occupation=Categorical \
+        --document_features film=Categorical genres=Tags year=Numerical \
+        --similarity cosine --scale 5 --embedding_dim 128 --hidden_dims 256 --dropout 0.2 \
+        --output_dir runs/films --learning_rate 1e-3 --num_train_epochs 10
+
+    On several processes, going on after an interruption with the same command.
+
+    accelerate launch --num_processes 2 training_scripts/pretrain.py ... --gather_across_devices \
+        --save_steps 1000 --resume_from_checkpoint last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers import set_seed
+
+from st_fpsloss.scripts.command_line import parse
+from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
+from st_fpsloss.scripts.loss import LossArguments, make_loss
+from st_fpsloss.scripts.models import TowerArguments
+from st_fpsloss.scripts.training import run, set_columns, start_logging
+
+KINDS = (DataArguments, TowerArguments, LossArguments, EvaluationArguments, SentenceTransformerTrainingArguments)
+DEFAULTS = {"output_dir": "runs/pretrain", "per_device_train_batch_size": 512}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the whole of it; returns the metrics on what was held out."""
+    data, towers, loss_arguments, evaluation, training = parse(__doc__, KINDS, argv, **DEFAULTS)
+    start_logging(training)
+    set_seed(training.seed)
+    with training.main_process_first(local=False, desc="reading the data"):
+        rows, held_out = evaluation.read(data, data.label_column)
+    evaluator = evaluation.evaluator(data, rows, held_out, training.per_device_eval_batch_size)
+    model = towers.build(rows)
+    set_columns(training, model, rows.column_names)
+    log_q = "standard" if loss_arguments.duplicates == "keep" else "corrected"
+    loss = make_loss("fps", model, loss_arguments, rows, training.prompts, log_q=log_q)
+    return run(model, loss, rows, evaluator, training)
+
+
+if __name__ == "__main__":
+    main()
