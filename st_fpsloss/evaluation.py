@@ -16,6 +16,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from tqdm.autonotebook import trange
 
 from st_fpsloss.embedding import checked_similarity, embed_in_chunks
+from st_fpsloss.popularity_metrics import PopularityMetrics
 from st_fpsloss.ranking_metrics import (
     best_documents,
     bootstrap_interval,
@@ -54,7 +55,15 @@ class RetrievalEvaluator(BaseEvaluator):
 
     Metrics, each at every k of ``at``, the mean over queries: ``hr`` (hit rate: is any relevant document among the
     first k), ``ndcg`` (the grade is the gain, as trec_eval; the ideal ranking has all relevant documents, cut at k),
-    ``recall``, ``mrr``, and ``map`` (divided by min(k, number of relevant documents)).
+    ``recall``, ``mrr``, and ``map`` (divided by min(k, number of relevant documents)). Where ``popularity`` is given
+    there are two more, for a good mean may be that of the popular documents alone:
+
+    - ``ndcg@k_decile_1`` to ``ndcg@k_decile_10``: ndcg by the popularity of the relevant document, over the queries
+      that have one in the decile; those of other deciles count as not relevant, and keep their places in the ranking.
+      The deciles are tenths of the clicks, not of the documents: 10 holds the few most clicked documents that drew a
+      tenth of all clicks, 1 the many least clicked ones that drew another. Deciles without a relevant document are
+      left out.
+    - ``coverage@k``: the share of the corpus that is among the first k of any query.
 
     Memory: the embeddings of queries and corpus (4 · dim bytes each) and chunks of about 150 MB, or of 16 rows of the
     corpus where that is more; there is never a matrix of all queries by all documents. Each call embeds the corpus
@@ -73,6 +82,8 @@ class RetrievalEvaluator(BaseEvaluator):
         show_progress_bar: Whether to show progress bars.
         write_csv: Whether to append the metrics of each call to ``retrieval_evaluation_{name}_results.csv`` in the
             ``output_path`` of the call.
+        popularity: Document id to its number of clicks in the training log, for the metrics by popularity. A document
+            that is missing has none.
 
     Attributes:
         query_ids: Ids of the queries that are evaluated: those with relevant documents, in the order of ``queries``.
@@ -81,8 +92,9 @@ class RetrievalEvaluator(BaseEvaluator):
             ``metric_for_best_model`` it is ``eval_{name_}ndcg@10``.
 
     Raises:
-        ValueError: If queries or corpus are empty, no query has a relevant document, the judgments or the seen
-            documents name a query or a document that is not there, a grade is no finite number, or ``at`` is unusable.
+        ValueError: If queries or corpus are empty, no query has a relevant document, the judgments, the seen documents
+            or the popularity name a query or a document that is not there, a grade or a number of clicks is not
+            finite, or ``at`` is unusable.
 
     Example:
         >>> evaluator = RetrievalEvaluator(
@@ -95,6 +107,12 @@ class RetrievalEvaluator(BaseEvaluator):
         >>> popularity = np.array([10, 20, 30])
         >>> evaluator.evaluate_scores(lambda query_ids: np.tile(popularity, (len(query_ids), 1)))["mrr@2"]
         0.5
+
+        Two models, or score functions, on the same queries: the mean difference and its interval.
+
+        >>> good = evaluator.per_query(lambda query_ids: [[3, 2, 1]])["ndcg@2"]
+        >>> paired_difference(good, evaluator.per_query(lambda query_ids: [popularity])["ndcg@2"], confidence=0.95)
+        (0.36..., 0.36..., 0.36...)
     """
 
     def __init__(
@@ -108,6 +126,7 @@ class RetrievalEvaluator(BaseEvaluator):
         batch_size: int = 32,
         show_progress_bar: bool = False,
         write_csv: bool = True,
+        popularity: Mapping[Any, float] | None = None,
     ) -> None:
         super().__init__()
         self.at = check_at(at)
@@ -124,6 +143,11 @@ class RetrievalEvaluator(BaseEvaluator):
         self._corpus = list(corpus.values())
         self._read_judgments(queries, relevant_docs)
         self._read_seen(queries, seen_docs or {})
+        self._popularity: PopularityMetrics | None = None
+        if popularity is not None:
+            _check_mapping("popularity", popularity, "document id to clicks")
+            _check_known("popularity", "corpus", popularity, self._position)
+            self._popularity = PopularityMetrics(popularity, self.corpus_ids, self.at)
 
     def _read_judgments(
         self, queries: Mapping[Any, Any], relevant_docs: Mapping[Any, Mapping[Any, float] | Iterable[Any]]
@@ -186,13 +210,13 @@ class RetrievalEvaluator(BaseEvaluator):
             steps: Steps of the evaluation, the same.
 
         Returns:
-            ``{name_}hr@k``, ``ndcg@k``, ``recall@k``, ``mrr@k``, ``map@k`` for every k.
+            ``{name_}hr@k``, ``ndcg@k``, ``recall@k``, ``mrr@k``, ``map@k`` for every k, and those of ``popularity``.
 
         Raises:
             ValueError: If the model gives NaN embeddings, or its similarity is neither dot nor cosine.
         """
         logger.info("Retrieval evaluation %s (epoch %s, step %s):", self.name, epoch, steps)
-        metrics = self._means(self.per_query(model))
+        metrics = self._evaluate(model)
         for metric, value in metrics.items():
             logger.info("%s: %.4f", metric, value)
         if output_path is not None and self.write_csv:
@@ -213,7 +237,7 @@ class RetrievalEvaluator(BaseEvaluator):
         Raises:
             ValueError: If the scores have another shape, or there is a NaN among them.
         """
-        return self._means(self.per_query(score_fn))
+        return self._evaluate(score_fn)
 
     def per_query(self, source: SentenceTransformer | ScoreFunction) -> dict[str, np.ndarray]:
         """Metrics of each query, to build intervals and paired comparisons on.
@@ -224,12 +248,7 @@ class RetrievalEvaluator(BaseEvaluator):
         Returns:
             ``hr@k``, ... without the prefix, to an array of (number of ``query_ids``,) in their order.
         """
-        ranks = [
-            relevant_ranks(scores, relevant, grades, seen)
-            for scores, relevant, grades, seen in self._score_rows(source)
-        ]
-        offsets = np.cumsum([0, *map(len, ranks)])
-        return ranking_metrics(np.concatenate(ranks), np.concatenate(self._grades), offsets, self.at)
+        return self._rank(source)[0]
 
     def top_k(self, source: SentenceTransformer | ScoreFunction, k: int) -> dict[Any, list[tuple[Any, float]]]:
         """Best documents of each evaluated query: the beginning of the very ranking that the metrics are read from.
@@ -256,6 +275,30 @@ class RetrievalEvaluator(BaseEvaluator):
     def get_config_dict(self) -> dict[str, Any]:
         """Return what the model card says of this evaluation."""
         return {"at": list(self.at), "num_queries": len(self.query_ids), "num_documents": len(self.corpus_ids)}
+
+    def _evaluate(self, source: SentenceTransformer | ScoreFunction) -> dict[str, float]:
+        per_query, of_all = self._rank(source, with_popularity=True)
+        means = {metric: float(values.mean()) for metric, values in per_query.items()}
+        return {self._prefixed(metric): value for metric, value in (means | of_all).items()}
+
+    def _rank(
+        self, source: SentenceTransformer | ScoreFunction, with_popularity: bool = False
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Metrics of each query, and, if they are asked for, the metrics by popularity of all queries together."""
+        popularity = self._popularity if with_popularity else None
+        ranks = []
+        best_rank = np.full(len(self.corpus_ids), np.inf)
+        for scores, *judgments in self._score_rows(source):
+            ranks.append(relevant_ranks(scores, *judgments))
+            if popularity is not None:
+                best = best_documents(scores, popularity.depth, *judgments)
+                best_rank[best] = np.minimum(best_rank[best], np.arange(1, len(best) + 1))
+        offsets = np.cumsum([0, *map(len, ranks)])
+        flat_ranks, grades = np.concatenate(ranks), np.concatenate(self._grades)
+        of_all: dict[str, float] = {}
+        if popularity is not None:
+            of_all = popularity(np.concatenate(self._relevant), flat_ranks, grades, offsets, best_rank)
+        return ranking_metrics(flat_ranks, grades, offsets, self.at), of_all
 
     def _score_rows(
         self, source: SentenceTransformer | ScoreFunction
@@ -319,9 +362,6 @@ class RetrievalEvaluator(BaseEvaluator):
 
     def _prefixed(self, metric: str) -> str:
         return f"{self.name}_{metric}" if self.name else metric
-
-    def _means(self, values: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return {self._prefixed(metric): float(of_query.mean()) for metric, of_query in values.items()}
 
     def _append_csv(self, folder: Path, row: Mapping[str, Any]) -> None:
         """Append one line to the CSV file, with a header where the file is new or has other columns."""
