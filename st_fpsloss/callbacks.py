@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from st_fpsloss.diagnostics import LossDiagnostics, figures_of, setting_warnings, summary, training_warnings
 from st_fpsloss.distributed import world_size
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.negatives import redraw
@@ -45,7 +47,11 @@ class LossStateCallback(TrainerCallback, ExportableState):
       the encoders. Without this callback, ranks learn different α.
     - A trainable pooler that nobody reads (a saved model has one, once it is loaded again) is frozen: with
       ``ddp_find_unused_parameters=False`` it would stop DistributedDataParallel.
-    - ``loss/alpha``, ``loss/temperature``, ``loss/beta`` and ``loss/alpha_grad`` are logged beside the training loss.
+    - ``loss/alpha``, ``loss/temperature``, ``loss/beta`` and ``loss/alpha_grad`` are logged beside the training loss,
+      and figures of the batch at hand: ``loss/masked_share``, ``loss/effective_negatives`` and the others that
+      :class:`st_fpsloss.diagnostics.LossDiagnostics` explains.
+    - Settings that cannot work are warned of when training begins, and what went wrong in it when it ends, with a
+      summary at the level INFO.
 
     α uses the trainer's learning rate; ``learning_rate_mapping={"logit_scale": 1e-2}`` in the training arguments gives
     it one of its own. It is never weight-decayed.
@@ -84,6 +90,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
             raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm!r}.")
         self._max_grad_norm = max_grad_norm
         self._last_gradient: dict[str, float] = {}
+        self._diagnostics = {name: LossDiagnostics() for name in self._losses}
         self._folder: Path | None = None  # where a checkpoint of this step is saved
 
     def state(self) -> dict[str, Any]:
@@ -116,9 +123,18 @@ class LossStateCallback(TrainerCallback, ExportableState):
             logger.info("No output depends on %s: frozen.", ", ".join(frozen))
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Restore what the checkpoint holds that the run resumes from."""
+        """Restore what the checkpoint holds that the run resumes from; warn of settings that cannot work."""
+        self._diagnostics = {name: LossDiagnostics() for name in self._losses}
+        if state.is_world_process_zero and isinstance(model, SentenceTransformer):
+            for name, loss in self._losses.items():
+                _warn(name, setting_warnings(loss, model))
         if state.global_step == 0:
             return
         stored = state.stateful_callbacks.get(type(self).__name__)
@@ -179,7 +195,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add α and β to the entries of the training loss."""
+        """Add α, β and the figures of the last batch to the entries of the training loss."""
         if logs is None or "loss" not in logs:
             return
         for name, loss in self._losses.items():
@@ -187,6 +203,10 @@ class LossStateCallback(TrainerCallback, ExportableState):
             values = {"alpha": loss.alpha, "temperature": loss.temperature, "beta": loss.beta}
             if name in self._last_gradient:
                 values["alpha_grad"] = self._last_gradient[name]
+            figures = figures_of(loss)
+            self._diagnostics[name].add(figures)
+            loss.last_batch = None
+            values |= figures
             entries = {prefix + key: value for key, value in values.items()}
             logs.update(entries)
             if state.log_history:
@@ -195,7 +215,12 @@ class LossStateCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After ``load_best_model_at_end``, give the loss the α of that step too."""
+        """Sum up, with warnings; after ``load_best_model_at_end``, give the loss the α of that step too."""
+        if state.is_world_process_zero:
+            for name, loss in self._losses.items():
+                means = self._diagnostics[name].means()
+                logger.info("%s%s", f"{name}: " if name else "", summary(loss, means))
+                _warn(name, training_warnings(loss, means))
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
@@ -212,6 +237,11 @@ class LossStateCallback(TrainerCallback, ExportableState):
             )
         for name, loss in self._losses.items():
             loss.import_state(states[name])
+
+
+def _warn(name: str, sentences: list[str]) -> None:
+    for sentence in sentences:
+        logger.warning("%s%s", f"{name}: " if name else "", sentence)
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:

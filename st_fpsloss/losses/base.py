@@ -98,6 +98,7 @@ class ClickLoss(nn.Module, ABC):
         self.gather_across_devices = gather_across_devices
         self.scale_and_bias = ScaleAndBias(scale, bias, learn_scale, learn_bias)
         self.has_state_callback = False  # LossStateCallback sets it
+        self.last_batch: tuple[Tensor, Tensor, ClickBatch] | None = None  # and looks at this, now and then
         self._routes_by_task = routes_by_task(model)
 
     @property
@@ -217,7 +218,8 @@ class ClickLoss(nn.Module, ABC):
             query_ids: (M,) int64, equal for equal queries; None if all are different. Rows with one id share one
                 embedding, that of the first, which receives the sum of their gradients.
             document_ids: (columns - 1, M) int64, likewise, over all document columns.
-            document_log_q: (columns - 1, M) log probability that one draw of a column is this document.
+            document_log_q: (columns - 1, M) log probability that one draw of a column is this document. It is
+                subtracted after α: pass it as it is, neither scaled nor negated.
             query_log_q: (M,) the same for queries.
 
         Returns:
@@ -244,9 +246,12 @@ class ClickLoss(nn.Module, ABC):
     def _loss(self, queries: Tensor, documents: Tensor, batch: ClickBatch, exchange: Exchange | None = None) -> Tensor:
         if self.similarity == "cosine":
             queries, documents = normalize(queries, dim=-1), normalize(documents, dim=-1)
+        if exchange is not None:
+            queries, documents = exchange.gather(queries, documents)
+        if self.training and torch.is_grad_enabled():
+            self.last_batch = queries.detach(), documents.detach(), batch
         if exchange is None:
             return self.objective(queries, documents, batch)
-        queries, documents = exchange.gather(queries, documents)
         return self.objective(queries, documents, batch) * world_size()
 
     @property

@@ -1,0 +1,209 @@
+"""What goes wrong silently in training: figures of a loss while it trains, and sentences where something is off.
+
+Figures are taken of one batch at each logging step, from the embeddings that the loss has just seen, on a few of its
+rows: training itself does no further work. :class:`st_fpsloss.LossStateCallback` logs them and says the sentences.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import Tensor
+
+from st_fpsloss.click_batch import ClickBatch, Direction, renumbered
+from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.losses.fps import FPSLoss
+
+_SAMPLED_ROWS = 64
+
+# Sentences are said from here on. A healthy run is far from each of them.
+_LOW_COSINE_SCALE = 2.0
+_OFTEN_AT_BOUND = 0.1
+_MANY_MASKED = 0.5
+_FEW_NEGATIVES, _OF_MANY = 2.0, 20
+
+
+@dataclass
+class LossDiagnostics:
+    """Running means of the figures of a loss over the batches that were looked at.
+
+    - ``alpha_at_bound``: share of these batches after which α stood at ``max_scale``.
+    - ``masked_share``: share of a row's columns, its own aside, that are no negatives of it.
+    - ``repeated_rows``: share of the rows of all columns that repeat another one, and so were not encoded.
+    - ``distinct_negatives``: different negatives of a row; ``effective_negatives``: how many equal ones would have the
+      entropy of the weights that the softmax gives them. FPSLoss alone.
+    - ``norm_popularity``: Spearman's correlation over a batch's distinct documents between the norm of the embedding
+      and log Q. With a dot product and log Q alone.
+    """
+
+    _sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, figures: dict[str, float]) -> None:
+        """Enter the figures of one more batch."""
+        for name, value in figures.items():
+            self._sums[name] += value
+            self._counts[name] += 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each figure over the batches that had it."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
+@torch.no_grad()
+def figures_of(loss: ClickLoss) -> dict[str, float]:
+    """Figures of the batch that the loss has seen last, as :class:`LossDiagnostics` explains them."""
+    if loss.last_batch is None:
+        return {}
+    queries, documents, batch = loss.last_batch
+    figures = {
+        "alpha_at_bound": float(loss.alpha >= loss.max_scale * (1 - 1e-6)),
+        "repeated_rows": _repeated_rows(batch),
+    }
+    if loss.duplicates == "mask":
+        figures["masked_share"] = _masked_share(batch)
+    if isinstance(loss, FPSLoss):
+        asking = (queries, documents) if "query_to_doc" in loss.directions else (documents, queries)
+        figures |= _negatives(loss, *asking, batch)
+    if loss.similarity == "dot" and batch.document_log_q is not None:
+        correlation = _norm_popularity(documents, batch.document, batch.document_log_q)
+        if correlation is not None:
+            figures["norm_popularity"] = correlation
+    return figures
+
+
+def setting_warnings(loss: ClickLoss, model: SentenceTransformer) -> list[str]:
+    """What is wrong with the settings of a loss, known before training; a sentence each, with its cure."""
+    found = []
+    if isinstance(loss, FPSLoss) and loss.beta != 0:
+        found.append(
+            f"bias={loss.beta:g} has no effect: β cancels in a softmax, its gradient is 0. Leave `bias` off, or train "
+            "with SigmoidLoss, where β counts."
+        )
+    if loss.similarity == "cosine" and loss.alpha < _LOW_COSINE_SCALE and not loss.logit_scale.requires_grad:
+        found.append(
+            f"α = {loss.alpha:g} is fixed and the similarity is a cosine: in a softmax over 64 documents no click can "
+            f"get a probability above {1 / (1 + 63 * 2.718281828 ** (-2 * loss.alpha)):.2f}. Leave `scale` off (it "
+            "starts at 1/0.07), pass 5 or more, or let it learn."
+        )
+    searched = str(model.similarity_fn_name)
+    if searched != loss.similarity and not _ends_normalised(model):
+        found.append(
+            f"The loss trains with the similarity {loss.similarity!r}, and model.similarity_fn_name is {searched!r}, "
+            "which RetrievalEvaluator, DocumentIndex and model.similarity use: they will rank by another one. Set "
+            f"model.similarity_fn_name = {loss.similarity!r} before training, or leave `similarity` off."
+        )
+    return found
+
+
+def training_warnings(loss: ClickLoss, means: dict[str, float]) -> list[str]:
+    """What is wrong with a training by the means of its figures; a sentence each, with its cure."""
+    found = []
+    at_bound = means.get("alpha_at_bound", 0.0)
+    if loss.logit_scale.requires_grad and at_bound >= _OFTEN_AT_BOUND:
+        found.append(
+            f"α stood at its bound max_scale={loss.max_scale:g} at {at_bound:.0%} of the logged steps. It minimises "
+            "the training loss, not the ranking: compare with fixed ones on validation (scale=5, learn_scale=False), "
+            'give it a lower rate (learning_rate_mapping={"logit_scale": 1e-4}), or raise `max_scale` if it helps.'
+        )
+    masked = means.get("masked_share", 0.0)
+    if masked >= _MANY_MASKED:
+        found.append(
+            f"{masked:.0%} of the columns are masked as positives of their row's query, and teach it nothing. Shuffle "
+            "the log (sorted by query, a batch has few of them), check that different queries are not the same input, "
+            "and that `known_positives` has clicks alone."
+        )
+    distinct, effective = means.get("distinct_negatives", 0.0), means.get("effective_negatives", 0.0)
+    if distinct >= _OF_MANY and effective < _FEW_NEGATIVES:
+        found.append(
+            f"A row learns from {effective:.1f} negatives of its {distinct:.0f}: the softmax looks at nothing but the "
+            f"most similar one, which may be a positive that nobody clicked. Lower α (it is {loss.alpha:.3g}) by "
+            "`scale`, `max_scale` or its learning rate."
+        )
+    return found
+
+
+def summary(loss: ClickLoss, means: dict[str, float]) -> str:
+    """The figures of a training in one line."""
+    learned = "learned" if loss.logit_scale.requires_grad else "fixed"
+    parts = [f"{type(loss).__name__}: α {loss.alpha:.4g} ({learned}, at most {loss.max_scale:g})"]
+    if "effective_negatives" in means:
+        parts.append(f"{means['effective_negatives']:.1f} effective of {means['distinct_negatives']:.0f} negatives")
+    if "masked_share" in means:
+        parts.append(f"{means['masked_share']:.1%} of columns masked")
+    if "repeated_rows" in means:
+        parts.append(f"{means['repeated_rows']:.0%} of rows repeated and not encoded")
+    if "norm_popularity" in means:
+        parts.append(f"norms follow popularity by {means['norm_popularity']:.2f} (Spearman)")
+    return ", ".join(parts) + "."
+
+
+def _repeated_rows(batch: ClickBatch) -> float:
+    num_rows = int((batch.query >= 0).sum() + (batch.document >= 0).sum())
+    return 1 - (len(batch.query_keys) + len(batch.document_keys)) / max(1, num_rows)
+
+
+def _masked_share(batch: ClickBatch) -> float:
+    count = _counts(batch.document, len(batch.document_keys))
+    cells = batch.positive_cells()
+    taken = count.new_zeros(len(batch.query_keys)).index_add_(0, cells[0], count[cells[1]])
+    rows = batch.query[batch.relevance > 0]
+    num_others = float(count.sum()) - 1
+    return float((taken[rows] - 1).mean()) / num_others if len(rows) and num_others else 0.0
+
+
+def _negatives(loss: FPSLoss, asking: Tensor, answering: Tensor, batch: ClickBatch) -> dict[str, float]:
+    """Distinct and effective negatives, the mean over some of the rows that ask in the first direction."""
+    direction: Direction = "query_to_doc" if "query_to_doc" in loss.directions else "doc_to_query"
+    anchors, targets = batch.softmax_targets(direction, loss.relevance, "mask", loss.log_q)
+    step = max(1, len(anchors) // _SAMPLED_ROWS)
+    sample = torch.arange(0, len(anchors), step, device=anchors.device)[:_SAMPLED_ROWS]
+    dtype = torch.promote_types(answering.dtype, torch.float32)
+    logits = loss.alpha * asking[anchors[sample]].to(dtype) @ answering.to(dtype).T
+    logits += targets.candidate_log_weight.to(dtype)
+    assert targets.masked is not None
+    row, candidate = renumbered(targets.masked, sample, len(anchors))
+    logits[row, candidate] = -torch.inf
+    weights = logits.softmax(dim=1)
+    entropy = torch.special.entr(weights).sum(dim=1)
+    held = entropy.isfinite()  # a row without negatives has NaN
+    if not held.any():
+        return {}
+    distinct = (logits > -torch.inf).sum(dim=1)[held].to(dtype)
+    return {
+        "distinct_negatives": float(distinct.mean()),
+        "effective_negatives": float(entropy[held].exp().mean()),
+    }
+
+
+def _norm_popularity(documents: Tensor, index: Tensor, log_q: Tensor) -> float | None:
+    held = index >= 0
+    popularity = log_q.new_zeros(len(documents))
+    popularity[index[held]] = log_q[held]  # columns of one document have one Q, or nearly so
+    ranks = torch.stack([_ranks(documents.float().norm(dim=1)), _ranks(popularity)])
+    if len(documents) < 2 or bool((ranks.std(dim=1) == 0).any()):
+        return None
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks (N,), equal values with the mean of theirs."""
+    _, inverse, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0)
+    return (last - (count - 1) / 2)[inverse]
+
+
+def _counts(index: Tensor, size: int) -> Tensor:
+    return torch.bincount(index[index >= 0], minlength=size).to(torch.float64)
+
+
+def _ends_normalised(model: SentenceTransformer) -> bool:
+    """Whether all embeddings have length 1, so that dot product and cosine are the same."""
+    last = list(model)[-1]
+    tails = [list(modules)[-1] for modules in last.sub_modules.values()] if isinstance(last, Router) else [last]
+    return all(isinstance(tail, Normalize) for tail in tails)
