@@ -1,0 +1,93 @@
+"""The studies of compare_losses.py: which runs each consists of, under which names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from comparison_runs import NUM_NEGATIVES, Stage
+
+FIXED_SCALES = (3.0, 5.0, 7.0, 10.0, 14.0, 20.0)
+SCALE_STARTS = (5.0, 10.0, 1 / 0.07)
+BATCH_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+NORM_PENALTIES = (1e-4, 1e-3, 1e-2)
+SCALE = 10.0  # fixed, of every softmax and of PairCE, where a study is not about it; see the study "scale"
+
+Configuration = tuple[tuple[Stage, ...], str]  # stages, similarity
+
+
+def fps(**settings: Any) -> Stage:
+    """FPSLoss with the popularity correction and a fixed α, unless ``settings`` say otherwise."""
+    return Stage("fps", {"log_q": "corrected", "scale": SCALE, "learn_scale": False, **settings})
+
+
+FINE_TUNING = {
+    "PairCE": Stage("pair_ce", {"scale": SCALE, "learn_scale": False}, negatives=NUM_NEGATIVES),
+    "triplet": Stage("triplet", {"margin": 0.3}, negatives=NUM_NEGATIVES),
+    "sampled softmax": Stage("sampled_softmax", {"scale": SCALE, "learn_scale": False}, negatives=NUM_NEGATIVES),
+    "catalogue softmax": Stage("sampled_softmax", {"scale": SCALE, "learn_scale": False}, catalogue=True),
+    "sigmoid": Stage("sigmoid", {"scale": SCALE}),
+}
+
+
+def losses() -> dict[str, Configuration]:
+    """Each loss alone, and two thirds of the tokens with FPSLoss before one third with each of the others."""
+    first = replace(fps(), share=2 / 3)
+    configurations: dict[str, Configuration] = {
+        "FPS": ((fps(),), "cosine"),
+        "FPS without log_q": ((fps(log_q=None),), "cosine"),
+    }
+    for name, stage in FINE_TUNING.items():
+        configurations[name] = ((stage,), "cosine")
+        configurations[f"FPS, then {name}"] = ((first, replace(stage, share=1 / 3)), "cosine")
+    return configurations
+
+
+def log_q() -> dict[str, Configuration]:
+    """The popularity correction, repeated positives, and directions, as far as they go together."""
+    forms = ((None, "keep"), (None, "mask"), ("standard", "keep"), ("standard", "mask"), ("corrected", "mask"))
+    directions = {"query to document": ("query_to_doc",), "both directions": ("query_to_doc", "doc_to_query")}
+    return {
+        f"log_q {form or 'off'}, {duplicates}, {name}": (
+            (fps(log_q=form, duplicates=duplicates, directions=choice),),
+            "cosine",
+        )
+        for form, duplicates in forms
+        for name, choice in directions.items()
+    }
+
+
+def similarity() -> dict[str, Configuration]:
+    """Cosine, dot product, and dot product with a penalty on norms."""
+    dot = {"log_q": "corrected", "scale": 1.0, "learn_scale": False}
+    return {
+        "cosine": ((fps(),), "cosine"),
+        "dot product": ((Stage("fps", dot),), "dot"),
+        "dot product, learned α": ((Stage("fps", {**dot, "learn_scale": True}),), "dot"),
+        **{
+            f"dot product, norm penalty {penalty:g}": (
+                (Stage("fps_norm_penalty", {**dot, "norm_penalty": penalty}),),
+                "dot",
+            )
+            for penalty in NORM_PENALTIES
+        },
+    }
+
+
+def scale() -> dict[str, Configuration]:
+    """Fixed α, and α learned from several starts."""
+    fixed = {f"fixed {alpha:g}": ((fps(scale=alpha),), "cosine") for alpha in FIXED_SCALES}
+    learned = {f"learned from {start:.3g}": ((fps(scale=start, learn_scale=True),), "cosine") for start in SCALE_STARTS}
+    return {**fixed, **learned}
+
+
+def batch_size() -> dict[str, Configuration]:
+    """Batch sizes, with and without the popularity correction."""
+    return {
+        f"{'log_q' if form else 'no log_q'}, M = {size}": ((replace(fps(log_q=form), batch_size=size),), "cosine")
+        for form in ("corrected", None)
+        for size in BATCH_SIZES
+    }
+
+
+STUDIES = {"losses": losses, "log_q": log_q, "similarity": similarity, "scale": scale, "batch_size": batch_size}
