@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from comparison_data import Task
 from datasets import Dataset
-from held_out_scale import HeldOutScaleFPSLoss
 from norm_penalty import NormPenaltyFPSLoss
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -44,7 +43,6 @@ LEARNING_RATE = 2e-3
 NUM_NEGATIVES = 10
 LOSSES: dict[str, type[ClickLoss]] = {
     "fps": FPSLoss,
-    "fps_held_out": HeldOutScaleFPSLoss,
     "fps_norm_penalty": NormPenaltyFPSLoss,
     "pair_ce": PairCELoss,
     "triplet": TripletLoss,
