@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, Value
 
-from st_fpsloss.clicks import leave_last_out, split_by_time
+from st_fpsloss.clicks import hold_out, leave_last_out, split_by_time
 from tests.click_logs import USERS, random_log, refusal, rows_of_users
 
 
@@ -93,3 +93,38 @@ def test_points_that_do_not_fit_dates_are_refused(point: Any) -> None:
     log = Dataset.from_dict({"time": [datetime(2024, 3, day) for day in (9, 10, 2)]})
     with pytest.raises(ValueError, match=refusal("validation_from", "ISO string")):
         split_by_time(log, "time", validation_from=point, test_from="2024-03-10")
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.3, 0.9])
+def test_hold_out_takes_the_newest_rows_and_those_of_the_same_time(fraction: float) -> None:
+    log = random_log([1, 2]).shuffle(seed=2)
+    parts = hold_out(log, fraction, time="time")
+    first = sorted(log["time"])[-round(fraction * len(log))]
+    assert list(parts["test"]) == [row for row in log if row["time"] >= first]
+    assert list(parts["train"]) == [row for row in log if row["time"] < first]
+
+
+def test_hold_out_at_random_is_a_partition_that_the_seed_decides() -> None:
+    log = random_log([1, 2])
+    parts = hold_out(log, 0.25, seed=4)
+    assert len(parts["test"]) == 100
+    assert sorted(parts["train"]["row"][:] + parts["test"]["row"][:]) == log["row"][:]
+    assert parts["test"]["row"][:] == sorted(parts["test"]["row"]) == hold_out(log, 0.25, seed=4)["test"]["row"][:]
+    assert parts["test"]["row"][:] != hold_out(log, 0.25, seed=5)["test"]["row"][:]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "time", "message"),
+    [
+        (0.0, None, "fraction=0.0 has to lie between 0 and 1"),
+        (1.0, None, "fraction=1.0 has to lie between 0 and 1"),
+        (0.1, None, "fraction=0.1 of 3 rows: no row is held out"),
+        (0.9, None, "fraction=0.9 of 3 rows: every row is held out"),
+        (0.1, "same", "every row is held out. Choose another fraction or another column of times"),
+        (0.1, "when", "time='when' is no column of the log"),
+    ],
+)
+def test_hold_out_refuses_what_leaves_a_part_empty(fraction: float, time: str | None, message: str) -> None:
+    log = Dataset.from_dict({"item": [1, 2, 3], "same": [7, 7, 7]})
+    with pytest.raises(ValueError, match=message):
+        hold_out(log, fraction, time)

@@ -13,7 +13,7 @@ import torch
 from tests.click_logs import refusal
 from tests.training_scripts.conftest import QUIET, SCRIPTS, data_of, run, weights_of
 
-SHORT = ["--max_steps", 2, "--learning_rate", 1e-2, "--save_strategy", "no", "--per_device_train_batch_size", 16]
+SHORT = ["--max_steps", 2, "--learning_rate", 1e-3, "--save_strategy", "no", "--per_device_train_batch_size", 16]
 
 
 def finetune(folder: Path, output: Path, *words: Any) -> dict[str, float]:
@@ -39,7 +39,7 @@ def test_every_loss_learns_from_its_negatives(
     loss: str, words: list[str], settings: list[str], folder: Path, pretrained: Path, tmp_path: Path
 ) -> None:
     metrics = finetune(folder, tmp_path, "--model", pretrained, "--num_negatives", 2, *words)
-    assert 0 < metrics["eval_ndcg@10"] <= 1
+    assert metrics["eval_ndcg@10"] > 0.5
     assert (weights_of(tmp_path) - weights_of(pretrained)).norm() > 0.01
     card = (tmp_path / "README.md").read_text()
     assert f"{loss}</code> with these parameters" in card

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
 from st_fpsloss.scripts.training import set_columns
 from tests.click_logs import refusal
-from tests.training_scripts.conftest import NAMES, QUIET, data_of, main_of, run, towers_of, weights_of
+from tests.training_scripts.conftest import NAMES, QUIET, SCRIPTS, data_of, main_of, run, towers_of, weights_of
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,3 +137,19 @@ def test_wrong_arguments_are_refused_before_training(
 def test_a_tower_needs_an_encoder_or_features(folder: Path) -> None:
     with pytest.raises(ValueError, match="Pass --document_model, a Hub id or a folder, or --document_features"):
         run("pretrain", *data_of(folder), "--query_model", folder / "encoder")
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_one_writes(folder: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    plain = ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [*data_of(folder), *towers_of(folder), "--max_steps", 3, "--eval_fraction", 0.1, "--output_dir", tmp_path]
+    command = [*launch, *plain, SCRIPTS / "pretrain.py", *words, *QUIET, "--gather_across_devices"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=600)
+    assert {path.name for path in (tmp_path / "checkpoint-3").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+    table = (tmp_path / "eval" / "retrieval_evaluation_results.csv").read_text().splitlines()
+    assert len(table) == 2
+    assert SentenceTransformer(str(tmp_path), device="cpu").encode_query(["fox"]).shape == (1, 8)
