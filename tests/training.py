@@ -29,6 +29,7 @@ def trainer(
     dataset: Any = None,
     eval_dataset: Any = None,
     evaluator: Any = None,
+    data_collator: Any = None,
     **arguments: Any,
 ) -> SentenceTransformerTrainer:
     """The stock trainer with its stock arguments."""
@@ -54,6 +55,7 @@ def trainer(
         eval_dataset=eval_dataset,
         loss=loss,
         evaluator=evaluator,
+        data_collator=data_collator,
         callbacks=[LossStateCallback(loss)] if callback else None,
     )
 

@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, two_tower
+from st_fpsloss.towers.feature import Feature
 from tests.benchmarks.zipf import zipf_clicks
 
 NUM_ITEMS, NUM_TAGS = 20_000, 200
@@ -31,6 +32,14 @@ NUM_ITEMS, NUM_TAGS = 20_000, 200
 def model(minilm: str, featured: bool) -> SentenceTransformer:
     """The two towers, with side features or of text alone."""
     torch.manual_seed(0)
+    user, item = side_features() if featured else ([], [])
+    return two_tower(
+        Tower(minilm, num_hidden_layers=2, features=user), Tower(minilm, features=item), document_bias=featured
+    ).train()
+
+
+def side_features() -> tuple[list[Feature], list[Feature]]:
+    """The features of users and of items."""
     user = [
         History("seen", shared_with="item_id"),
         Numerical("age", mean=40, std=15),
@@ -41,11 +50,7 @@ def model(minilm: str, featured: bool) -> SentenceTransformer:
         Tags("tags", vocabulary=range(NUM_TAGS)),
         Numerical("year", mean=1990, std=15),
     ]
-    return two_tower(
-        Tower(minilm, num_hidden_layers=2, features=user if featured else ()),
-        Tower(minilm, features=item if featured else ()),
-        document_bias=featured,
-    ).train()
+    return user, item
 
 
 def user_of(text: str) -> dict:
