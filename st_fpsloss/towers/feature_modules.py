@@ -10,14 +10,17 @@ from st_fpsloss.towers.features import Categorical, Feature, History, Numerical,
 from st_fpsloss.towers.id_features import MISSING_ID, UNKNOWN_ID, IdFeature
 from st_fpsloss.towers.package_module import PackageModule
 
+_RECENT = 4.0
+
 
 def encoder_of(feature: Feature) -> FeatureEncoder:
     """Returns a new encoder for a feature."""
+    if isinstance(feature, History):
+        return HistoryEncoder(feature) if feature.num_hidden_layers else RecencyEncoder(feature)
     kinds: dict[type[Feature], type[FeatureEncoder]] = {
         Categorical: CategoricalEncoder,
         Numerical: NumericalEncoder,
         Tags: TagsEncoder,
-        History: HistoryEncoder,
     }
     return kinds[type(feature)](feature)
 
@@ -99,8 +102,54 @@ class TagsEncoder(IdEncoder):
         return (weights[..., None] * embeddings).sum(dim=1)
 
 
-class HistoryEncoder(IdEncoder):
-    """Reads a sequence of ids with a causal transformer, from the oldest to the newest."""
+class SequenceEncoder(IdEncoder):
+    """Reads a sequence of ids from the oldest to the newest: what it knows at an id depends on those before it."""
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Returns the state at every id.
+
+        Args:
+            ids: (N, width) ids, oldest first, 0 behind them.
+
+        Returns:
+            (N, width, dim). The state at place t is what :meth:`forward` gives for the first t + 1 ids alone.
+        """
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns the state (N, dim) at the newest of ids (N, width), at a missing id where there is none."""
+        lengths = (ids != MISSING_ID).sum(dim=1).clamp_min(1)
+        states = self.states(ids[:, : int(lengths.max())])
+        return states[torch.arange(len(ids), device=ids.device), lengths - 1]
+
+    def prefixes(self, ids: Tensor) -> Tensor:
+        """Returns what :meth:`forward` gives for every prefix of ids (N, width), those of the first row first."""
+        held = ids != MISSING_ID
+        width = int(held.sum(dim=1).max())
+        return self.states(ids[:, :width])[held[:, :width]]
+
+
+class RecencyEncoder(SequenceEncoder):
+    """Adds up the embeddings of ids, each weighted by a learned number for its place from the newest.
+
+    The weights start at ``exp(-age / 4)``, 0 the age of the newest: about the last ten ids count.
+    """
+
+    def __init__(self, feature: History) -> None:
+        super().__init__(feature)
+        self.recency = nn.Parameter(torch.exp(-torch.arange(feature.max_length) / _RECENT))
+        self.dropout = nn.Dropout(feature.dropout)
+
+    def states(self, ids: Tensor) -> Tensor:
+        """Returns the weighted sum (N, width, dim) up to every id; see :meth:`SequenceEncoder.states`."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        ages = places[:, None] - places
+        weights = self.recency[ages.clamp_min(0)] * (ages >= 0)  # (width, width): at a place, of each one before it
+        return weights @ self.dropout(self.embed(ids))
+
+
+class HistoryEncoder(SequenceEncoder):
+    """Reads the sequence with a causal transformer."""
 
     def __init__(self, feature: History) -> None:
         super().__init__(feature)
@@ -115,28 +164,9 @@ class HistoryEncoder(IdEncoder):
         self.norm = nn.LayerNorm(feature.dim)
 
     def states(self, ids: Tensor) -> Tensor:
-        """Returns the state at every id.
-
-        Args:
-            ids: (N, width) ids, oldest first, 0 behind them.
-
-        Returns:
-            (N, width, dim). The state at place t is what :meth:`forward` gives for the first t + 1 ids alone.
-        """
+        """Returns the transformer's state (N, width, dim) at every id; see :meth:`SequenceEncoder.states`."""
         embeddings = self.embed(ids) + self.positions[: ids.shape[1]]
         return self.norm(self.layers(self.dropout(embeddings)))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Returns the state (N, dim) at the newest of ids (N, width), at a missing id where there is none."""
-        lengths = (ids != MISSING_ID).sum(dim=1).clamp_min(1)
-        states = self.states(ids[:, : int(lengths.max())])
-        return states[torch.arange(len(ids), device=ids.device), lengths - 1]
-
-    def prefixes(self, ids: Tensor) -> Tensor:
-        """Returns what :meth:`forward` gives for every prefix of ids (N, width), those of the first row first."""
-        held = ids != MISSING_ID
-        width = int(held.sum(dim=1).max())
-        return self.states(ids[:, :width])[held[:, :width]]
 
 
 class _CausalLayer(nn.Module):

@@ -224,14 +224,17 @@ class History(IdFeature):
     it alone, so that what it knows after t ids does not depend on what comes later. The feature is its state at the
     newest id. An empty history is a missing value.
 
+    With ``num_hidden_layers=0`` there is no transformer: the feature is the sum of the ids' embeddings, each weighted
+    by a learned number for its place, counted from the newest. On small logs this often ranks better.
+
     Args:
         name: Key of the value in an input.
         vocabulary: The ids, each once. None: :meth:`fit` finds them.
         max_length: Ids at most; of a longer history the newest are kept.
-        num_hidden_layers: Number of transformer layers.
+        num_hidden_layers: Number of transformer layers; 0 for a sum weighted by recency.
         dim: Size of embeddings, states and output.
         num_attention_heads: Attention heads a layer; has to divide ``dim``.
-        dropout: Dropout probability of the transformer.
+        dropout: Dropout probability of the transformer, or of the embeddings where there is none.
         id_dropout: Probability with which training replaces an id by the unknown one.
         buckets: Instead of a vocabulary, the number of buckets that ids are hashed into.
         shared_with: Name of a :class:`Categorical` somewhere in the model, as a rule the item's id in the document
@@ -262,8 +265,10 @@ class History(IdFeature):
 
     def __post_init__(self) -> None:
         self._check()
-        for name in ("max_length", "num_hidden_layers", "dim", "num_attention_heads"):
+        for name in ("max_length", "dim", "num_attention_heads"):
             object.__setattr__(self, name, positive_int(name, getattr(self, name)))
+        if type(self.num_hidden_layers) is not int or self.num_hidden_layers != 0:
+            object.__setattr__(self, "num_hidden_layers", positive_int("num_hidden_layers", self.num_hidden_layers))
         object.__setattr__(self, "dropout", probability("dropout", self.dropout))
         if self.dim % self.num_attention_heads != 0:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} does not divide dim={self.dim}.")

@@ -110,6 +110,30 @@ def test_padding_changes_nothing(pooling: str) -> None:
 # Histories
 
 
+def test_without_layers_a_history_is_a_sum_weighted_by_the_place_from_the_newest() -> None:
+    torch.manual_seed(0)
+    feature = history(num_hidden_layers=0)
+    encoder = encoder_of(feature).double().eval()
+    nn.init.normal_(encoder.recency)
+    nn.init.normal_(encoder.table.weight)
+    table, recency = encoder.table.weight, encoder.recency
+    values = [IDS[:6], ["i3", "new", "i3"], ["i8"], []]
+    found = encoder(feature.tensor(values))
+    expected = [
+        sum(recency[age] * table[feature.id(item)] for age, item in enumerate(reversed(items or [None])))
+        for items in values
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))
+    prefixes = encoder.prefixes(feature.tensor(values[:3]))
+    shorter = [items[: place + 1] for items in values[:3] for place in range(len(items))]
+    torch.testing.assert_close(prefixes, encoder(feature.tensor(shorter)))
+
+
+def test_the_newest_ids_weigh_most_at_first() -> None:
+    recency = encoder_of(history(num_hidden_layers=0)).recency
+    assert recency[0] == 1 and bool((recency.diff() < 0).all()) and bool((recency > 0).all())
+
+
 @pytest.mark.parametrize("num_heads", [1, 2])
 def test_a_history_is_read_as_the_formula_of_a_causal_transformer_says(num_heads: int) -> None:
     torch.manual_seed(0)
