@@ -115,9 +115,11 @@ class CachedEncoding:
         self._to_replay: dict[int, RandContext] = {}
         parts: list[Tensor] = []
         learns: dict[int, bool] = {}  # route -> whether its tower has anything to learn; its first mini-batch tells
+        firsts = {plan.route_of.index(route) for route in plan.route_of}
+        to_spare = kept_num_tokens - sum(_num_tokens(plan.mini_batches[number]) for number in firsts)
         for number, (rows, route) in enumerate(zip(plan.mini_batches, plan.route_of, strict=True)):
-            size = _num_tokens(rows)
-            with_graph = route not in learns or (learns[route] and size <= kept_num_tokens)
+            size = 0 if number in firsts else _num_tokens(rows)
+            with_graph = number in firsts or (learns[route] and size <= to_spare)
             random_state = RandContext(*rows.tensors.values())
             # Autocast caches a cast weight with or without its graph, whichever comes first: no pass without one may.
             with _no_sync(model), torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
@@ -125,7 +127,7 @@ class CachedEncoding:
             learns.setdefault(route, embedded.requires_grad)
             if embedded.requires_grad:
                 self._kept[number] = embedded
-                kept_num_tokens -= size
+                to_spare -= size
             elif learns[route]:
                 self._to_replay[number] = random_state
             parts.append(embedded.detach())
@@ -237,7 +239,8 @@ def _embed(model: Encoder, rows: Rows) -> Tensor:
 
 
 def _num_tokens(rows: Rows) -> int:
-    return len(rows) * max(1, int(rows.lengths.max()))
+    """Tokens, padding included, that have activations; a bag of tokens has those of one."""
+    return len(rows) * (1 if rows.bag else max(1, int(rows.lengths.max())))
 
 
 def _by_route(parts: Sequence[Rows]) -> Iterator[list[int]]:

@@ -43,7 +43,12 @@ def assert_close(ours: torch.Tensor, plain: torch.Tensor) -> None:
     assert (ours - plain).norm() < 1e-5 * plain.norm()
 
 
-MODES = [dict(cache_gradients=False), dict(cache_gradients=True), dict(cache_gradients=True, mini_batch_num_tokens=40)]
+MODES = [
+    dict(cache_gradients=False),
+    dict(cache_gradients=True),
+    dict(cache_gradients=True, mini_batch_num_tokens=40),
+    dict(cache_gradients=120, mini_batch_num_tokens=40),
+]
 LABELS = torch.tensor([1.0, 0.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0])
 MODELS = {
     "text": small_model,
@@ -116,6 +121,7 @@ def test_with_dropout_cached_equals_kept_under_one_seed(num_tokens):
         return engine_step(model, features, cache_gradients=cache_gradients, mini_batch_num_tokens=num_tokens)
 
     assert_close(step(True), step(False))
+    assert_close(step(120), step(False))
     torch.manual_seed(8)
     other_seed = engine_step(model, features, mini_batch_num_tokens=num_tokens)
     assert (other_seed - step(False)).norm() > 1e-2 * other_seed.norm()
@@ -259,6 +265,61 @@ def test_a_kept_mini_batch_is_forwarded_once():
     model[0].register_forward_hook(lambda *_: calls.append(1))
     FPSLoss(model, cache_gradients=True)(features()).backward()
     assert len(calls) == 2  # one mini-batch a tower
+
+
+def calls_and_replays(model, features, **options) -> tuple[list[int], list[int]]:
+    """Padded tokens of the mini-batches, and of those that are embedded twice."""
+    with_graph: list[bool] = []
+    sizes: list[int] = []
+
+    def record(_, inputs):
+        with_graph.append(torch.is_grad_enabled())
+        sizes.append(inputs[0]["attention_mask"].numel())
+
+    hook = model[0].register_forward_pre_hook(record)
+    loss = FPSLoss(model, mini_batch_num_tokens=40, **options)
+    value = loss(features())
+    num_mini_batches = len(sizes)
+    value.backward()
+    hook.remove()
+    replayed = sizes[num_mini_batches:]
+    assert replayed == [size for size, kept in zip(sizes, with_graph[:num_mini_batches], strict=False) if not kept]
+    return sizes[:num_mini_batches], replayed
+
+
+def test_graphs_within_the_budget_are_kept_and_only_the_others_embedded_twice():
+    model = small_model()
+    features, _ = clicks(model, 12)
+    sizes, none = calls_and_replays(model, features, cache_gradients=False)
+    assert none == [] and len(sizes) > 6
+    _, most = calls_and_replays(model, features, cache_gradients=1)
+    assert len(most) == len(sizes) - 2  # all but the first of each tower
+    for budget in (True, 100, 150, 200):
+        _, replayed = calls_and_replays(model, features, cache_gradients=budget)
+        budget = 40 if budget is True else budget  # one mini-batch
+        kept = sum(sizes) - sum(replayed)
+        assert kept <= max(budget, sum(sizes) - sum(most))
+        assert all(size > budget - kept for size in replayed)  # no other one would have fitted
+        assert len(replayed) > 0
+    _, replayed = calls_and_replays(model, features, cache_gradients=sum(sizes))
+    assert replayed == []
+
+
+def test_bags_of_tokens_take_a_token_a_row_of_the_budget():
+    model = static_query_model()
+    text = "quick brown fox jumps over a lazy dog " * 10
+    queries = [text + word for word in ("seven", "wizards", "brew")]  # 81 tokens each
+    features = [model.preprocess(queries, task="query"), model.preprocess(["fox", "a dog", "over"], task="document")]
+    calls = []
+    model[0].sub_modules["document"][0].register_forward_hook(lambda *_: calls.append(1))
+    FPSLoss(model, cache_gradients=20, mini_batch_num_tokens=4)(features).backward()
+    assert len(calls) == 3  # each document in a mini-batch of its own, none of them twice
+
+
+@pytest.mark.parametrize("value", [0, -5, 1.5, "auto", None])
+def test_a_budget_that_is_no_number_of_tokens_is_refused(value):
+    with pytest.raises(ValueError, match=f"`cache_gradients` must be True, False, or .* got {value!r}"):
+        FPSLoss(small_model(), cache_gradients=value)
 
 
 def test_cached_encoding_of_frozen_towers_is_a_constant():

@@ -21,6 +21,7 @@ from st_fpsloss.distributed import Exchange, gather_clicks, world_size
 from st_fpsloss.known_positives import KnownPositives
 from st_fpsloss.losses.checks import (
     Similarity,
+    check_cache_gradients,
     check_choice,
     check_embeddings,
     check_relevance,
@@ -74,7 +75,7 @@ class ClickLoss(nn.Module, ABC):
         known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
         similarity: Similarity | None,
         mini_batch_num_tokens: int | None,
-        cache_gradients: bool,
+        cache_gradients: bool | int,
         gather_across_devices: bool,
     ) -> None:
         super().__init__()
@@ -94,7 +95,9 @@ class ClickLoss(nn.Module, ABC):
         self.duplicates = duplicates
         self.known_positives = None if known_positives is None else KnownPositives(model, known_positives)
         self.mini_batch_num_tokens = mini_batch_num_tokens
-        self.cache_gradients = self.uses_gradient_cache = cache_gradients
+        check_cache_gradients(cache_gradients)
+        self.cache_gradients = cache_gradients
+        self.uses_gradient_cache = cache_gradients is not False  # MatryoshkaLoss asks
         self.gather_across_devices = gather_across_devices
         self.scale_and_bias = ScaleAndBias(scale, bias, learn_scale, learn_bias)
         self.has_state_callback = False  # LossStateCallback sets it
@@ -179,7 +182,8 @@ class ClickLoss(nn.Module, ABC):
             clicks = clicks.gathered()
         clicks = replace(clicks, batch=self.observe(clicks.batch))
         if self.cache_gradients and torch.is_grad_enabled():
-            encoding = CachedEncoding(self.model, plan, kept_num_tokens=num_tokens)
+            kept_num_tokens = num_tokens if self.cache_gradients is True else self.cache_gradients
+            encoding = CachedEncoding(self.model, plan, kept_num_tokens)
             return encoding.attach(self.calculate_loss([[encoding.embeddings]], clicks, with_backward=True))
         return self.calculate_loss([[encode(self.model, plan)]], clicks)
 

@@ -29,6 +29,15 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_cache_gradients(value: bool | int) -> None:
+    """Raise a ValueError unless ``value`` is True, False, or a number of tokens."""
+    if not isinstance(value, int) or (value < 1 and value is not False):
+        raise ValueError(
+            "`cache_gradients` must be True, False, or the number of tokens whose graphs may be kept, a whole number "
+            f"from 1, got {value!r}. False keeps all graphs, True as few as possible."
+        )
+
+
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise a ValueError if a tensor is given and does not have the shape."""
     if tensor is not None and tuple(tensor.shape) != shape:

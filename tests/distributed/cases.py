@@ -38,6 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
     "kept": {},
     "cached": {"cache_gradients": True},
     "cached, several mini-batches": {"cache_gradients": True, "mini_batch_num_tokens": 40},
+    "cached within a budget": {"cache_gradients": 120, "mini_batch_num_tokens": 40},
     "kept, several mini-batches": {"mini_batch_num_tokens": 40},
 }
 DIRECTIONS = [("query_to_doc",), ("doc_to_query",), ("query_to_doc", "doc_to_query")]

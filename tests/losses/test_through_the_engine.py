@@ -15,7 +15,12 @@ from tests.losses.conftest import clicks, gradients, small_model, static_query_m
 from tests.training import trainer
 
 LABELS = torch.tensor([1.0, 0.0, 2.0, 1.0, -1.0, 1.0, 0.5, 0.0, 1.0])
-MODES = [dict(), dict(cache_gradients=True), dict(cache_gradients=True, mini_batch_num_tokens=40)]
+MODES = [
+    dict(),
+    dict(cache_gradients=True),
+    dict(cache_gradients=True, mini_batch_num_tokens=40),
+    dict(cache_gradients=120, mini_batch_num_tokens=40),
+]
 
 
 def pairs(explicit, pair_loss, **options):
