@@ -145,15 +145,16 @@ class FeatureInput(PackageModule, InputModule):
         features = dict(features)
         cut = features.pop(PREFIXES, None)
         tensors = [features.pop(feature.tensor_name) for feature in self.features]
+        added: dict[str, Tensor] = {}
         if cut is None:
             vectors = [encoder(tensor) for encoder, tensor in zip(self.encoders, tensors, strict=True)]
         else:
-            vectors, features["prefix_of"] = self._of_prefixes(tensors, cut[0])
-        embedding = torch.cat([vector.to(self._precision.dtype) for vector in vectors], dim=1)
-        # The text encoder gets no tensor of a feature: many transformers hand what they do not know to their layers.
+            vectors, added["prefix_of"] = self._of_prefixes(tensors, cut[0])
+        added["feature_embedding"] = torch.cat([vector.to(self._precision.dtype) for vector in vectors], dim=1)
         if self.text_encoder is None:
-            return {**features, "sentence_embedding": embedding, "feature_embedding": embedding}
-        return {**self.text_encoder(features, **kwargs), "feature_embedding": embedding}
+            return {**features, "sentence_embedding": added["feature_embedding"], **added}
+        # It gets none of these, nor the tensors: many transformers hand what they do not know on to their layers.
+        return {**self.text_encoder(features, **kwargs), **added}
 
     def _of_prefixes(self, tensors: Sequence[Tensor], history: str) -> tuple[list[Tensor], Tensor]:
         """The features' vectors for every prefix of a history, and which row each is a prefix of."""

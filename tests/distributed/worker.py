@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.distributed import gradients
+from tests.distributed import gradients, whole_histories
 from tests.distributed.training_runs import RUNS
 
 
@@ -22,7 +22,11 @@ def main(report: str, every: int, training: bool) -> None:
     torch.set_num_threads(1)
     known = gradients.references(int(os.environ["WORLD_SIZE"]), every)  # in one process: there is no group yet
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    found = {"gradients": gradients.compare(known, every), "ready embeddings": gradients.ready_embeddings()}
+    found = {
+        "gradients": gradients.compare(known, every),
+        "ready embeddings": gradients.ready_embeddings(),
+        "whole histories": whole_histories.compare(),
+    }
     for name, run in RUNS.items() if training else ():
         folder = Path(f"{report} {name}")
         folder.mkdir(exist_ok=True)
