@@ -6,6 +6,7 @@ rows: training itself does no further work. :class:`st_fpsloss.LossStateCallback
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -88,7 +89,7 @@ def setting_warnings(loss: ClickLoss, model: SentenceTransformer) -> list[str]:
     if loss.similarity == "cosine" and loss.alpha < _LOW_COSINE_SCALE and not loss.logit_scale.requires_grad:
         found.append(
             f"α = {loss.alpha:g} is fixed and the similarity is a cosine: in a softmax over 64 documents no click can "
-            f"get a probability above {1 / (1 + 63 * 2.718281828 ** (-2 * loss.alpha)):.2f}. Leave `scale` off (it "
+            f"get a probability above {1 / (1 + 63 * math.exp(-2 * loss.alpha)):.2f}. Leave `scale` off (it "
             "starts at 1/0.07), pass 5 or more, or let it learn."
         )
     searched = str(model.similarity_fn_name)
