@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import InputModule, Stat
 from torch import Tensor, nn
 
 from st_fpsloss.prefix_rows import PREFIXES
-from st_fpsloss.towers.feature_modules import encoder_of
+from st_fpsloss.towers.feature_modules import SequenceEncoder, encoder_of
 from st_fpsloss.towers.feature_values import check_keys
 from st_fpsloss.towers.features import Categorical, Feature, History, checked_features, feature_from_dict
 from st_fpsloss.towers.id_features import MISSING_ID
@@ -161,8 +161,8 @@ class FeatureInput(PackageModule, InputModule):
         names = [feature.tensor_name for feature in self.features]
         row = (tensors[names.index(history)] != MISSING_ID).nonzero()[:, 0]
         vectors = [
-            encoder.prefixes(tensor) if name == history else encoder(tensor)[row]
-            for name, encoder, tensor in zip(names, self.encoders, tensors, strict=True)
+            encoder.prefixes(tensor) if isinstance(encoder, SequenceEncoder) else encoder(tensor)[row]
+            for encoder, tensor in zip(self.encoders, tensors, strict=True)
         ]
         return vectors, row
 
