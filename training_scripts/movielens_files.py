@@ -1,7 +1,7 @@
 """Write MovieLens-100K as files that pretrain.py, finetune.py, evaluate.py and index.py read.
 
-A query is a user (id, age, gender, occupation), a document a film (title, id, genres, year), the grade its rating from
-1 to 5. The rows are split by leave-last-one-out: a user's last film is in test.jsonl, the one before in
+A query is a user (id, age, gender, occupation), a document a film (title with id, genres, year), the grade its rating
+from 1 to 5. The rows are split by leave-last-one-out: a user's last film is in test.jsonl, the one before in
 validation.jsonl, the others are in train.jsonl; documents.jsonl has all films.
 
 Example:
@@ -59,8 +59,8 @@ def user(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def film(row: dict[str, Any]) -> dict[str, Any]:
-    """A film as text and side features."""
-    return {"text": row["title"], "film": str(row["item_id"]), "genres": row["genres"], "year": row["year"]}
+    """A film as side features; its id has the title, for people to read."""
+    return {"film": f"{row['title']} ({row['item_id']})", "genres": row["genres"], "year": row["year"]}
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from st_fpsloss.towers import id_transformer
 from tests.losses.conftest import WORDS
@@ -63,7 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "log.jsonl", rows)
     write(folder / "new.jsonl", log_rows(24, seed=1))
     torch.manual_seed(0)
-    encoder = SentenceTransformer(modules=[id_transformer(WORDS, 16, 1, 2, max_seq_length=20, dropout=0.0)])
+    transformer = id_transformer(WORDS, 16, 1, 2, max_seq_length=20, dropout=0.0)
+    encoder = SentenceTransformer(modules=[transformer, Pooling(16)], similarity_fn_name="cosine")
     encoder.save_pretrained(str(folder / "encoder"))
     return folder
 
@@ -79,10 +81,10 @@ def towers_of(folder: Path) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def pretrained(folder: Path) -> Path:
-    """What pretrain.py makes of the log in 40 steps; the last days are held out."""
+    """What pretrain.py makes of the log in 60 steps; the last days are held out."""
     output = folder / "pretrained"
-    held_out = ["--eval_fraction", 0.1, "--time_column", "day", "--at", 1, 10]
-    training = ["--max_steps", 40, "--learning_rate", 1e-2, "--save_strategy", "no", "--output_dir", output]
+    held_out = ["--eval_fraction", 0.1, "--time_column", "day", "--exclude_seen", "--at", 1, 10]
+    training = ["--max_steps", 60, "--learning_rate", 1e-2, "--save_strategy", "no", "--output_dir", output]
     run("pretrain", *data_of(folder), *towers_of(folder), *held_out, *training, *QUIET)
     return output
 

@@ -34,9 +34,9 @@ def test_help_shows_the_examples_as_they_are_written(name: str, capsys: pytest.C
 
 def test_a_pretrained_model_has_a_card_metrics_and_no_need_of_this_package(pretrained: Path) -> None:
     metrics = json.loads((pretrained / "eval_results.json").read_text())
-    assert metrics["eval_hr@10"] > 0.9  # of 17 queries' documents: a model that learned nothing has about a tenth
+    assert metrics["eval_hr@10"] > 0.5  # by chance about a tenth: 10 of some 130 documents
     card = (pretrained / "README.md").read_text()
-    assert "st_fpsloss.losses.fps.FPSLoss" in card and "'log_q': 'corrected'" in card
+    assert "FPSLoss</code> with these parameters" in card and '"log_q": "corrected"' in card
     assert f"{metrics['eval_ndcg@10']:.4f}" in card
     model = SentenceTransformer(str(pretrained), device="cpu")
     assert model.encode_query(["fox"]).shape == (1, 8)
@@ -114,7 +114,10 @@ def test_columns_go_to_their_towers_with_the_prompts_of_the_model() -> None:
         (["--dataset", "absent.csv"], ["source='absent.csv' is no file"]),
         (["--dataset", "a", "b"], ["['a', 'b'] are no files of a known kind", "not one Hub id"]),
         (["--time_column", "day"], ["pass --eval_fraction too"]),
-        (["--eval_fraction", "0.1", "--time_column", "d"], ["time='d'", "where a number, a date or its ISO text"]),
+        (
+            ["--eval_fraction", "0.1", "--time_column", "worse"],
+            ["time='worse'", "where a number, a date or its ISO text"],
+        ),
         (["--eval_fraction", "0.1", "--eval_dataset", "x.csv"], ["--eval_fraction holds out", "pass one"]),
         (["--eval_fraction", "1.5"], ["fraction=1.5 has to lie between 0 and 1"]),
         (["--margin", "1"], ["--margin is no argument of the loss 'fps'"]),
@@ -123,7 +126,7 @@ def test_columns_go_to_their_towers_with_the_prompts_of_the_model() -> None:
         (["--shared_tower"], ["--document_model and --shared_tower contradict each other"]),
         (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint='nowhere' is no folder"]),
         (["--mask_known_positives", "--query_prompt", "q: "], ["--mask_known_positives does not know", "prompts"]),
-        (["--learning_rat", "1", "--colour", "red"], ["['--colour', 'red']"]),
+        (["--colour", "red"], ["['--colour', 'red']"]),
     ],
 )
 def test_wrong_arguments_are_refused_before_training(
