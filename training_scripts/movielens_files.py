@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "rating": row["rating"],
                 "timestamp": row["timestamp"],
             }
-            for row in ratings
+            for row in ratings.to_list()
         )
         write_rows(options.output_dir / f"{name}.jsonl", rows)
     print(f"train.jsonl validation.jsonl test.jsonl documents.jsonl are in {options.output_dir}.")
