@@ -12,7 +12,7 @@ Examples:
 from __future__ import annotations
 
 import logging
-from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import numpy as np
 from comparison_data import TASKS, Task
 from comparison_runs import ResultsFile, Run, execute
 from comparison_studies import STUDIES
-from transformers import HfArgumentParser
 
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
 from st_fpsloss.files import write_whole
+from st_fpsloss.popularity_metrics import click_deciles
+from st_fpsloss.scripts.command_line import parse
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -45,10 +46,9 @@ class Options:
     report_only: bool = field(default=False, metadata={"help": "no training: table and plot of what is there"})
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing of a study, and report all of it."""
-    parser = HfArgumentParser(Options, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    options: Options = parser.parse_args_into_dataclasses(arguments)[0]
+    (options,) = parse(__doc__, (Options,), argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     results = ResultsFile(options.output_dir / "results.jsonl")
@@ -87,6 +87,8 @@ def report(runs: dict[str, list[Run]], task: Task, results: ResultsFile, options
     rows = [row_of(name, same, next(iter(found.values()))) for name, same in found.items()]
     name = f"{options.study}_{options.data}"
     table = "\n".join([*HEADER, *(format_row(row) for row in rows)]) + "\n"
+    if task.test_targets is not None:
+        table += "\n" + decile_table(found, task)
     write_whole(options.output_dir / f"{name}.md", table)
     print(table)
     plot(rows, f"{options.study}, {options.data}", options.output_dir / f"{name}.png")
@@ -125,6 +127,20 @@ def format_row(row: dict[str, Any]) -> str:
         f"| {row['name']} | {row['seeds']} | {row['validation']:.4f} ± {row['validation_spread']:.4f} "
         f"| {row['test']:.4f} ({low:.4f} to {high:.4f}) | {difference} | {row['alpha']:.3g} | {row['seconds']:.0f} |"
     )
+
+
+def decile_table(found: dict[str, list[dict[str, Any]]], task: Task) -> str:
+    """Test NDCG@10 by the popularity of the relevant document: tenths of the training clicks, 10 the most popular."""
+    clicks = [task.clicks.get(document, 0) for document in task.documents]
+    decile_of = dict(zip(task.documents, click_deciles(clicks), strict=True))
+    decile = np.array([decile_of[task.test_targets[query]] for query in task.test.query_ids])
+    lines = ["| decile | " + " | ".join(map(str, range(1, 11))) + " |", "|---" * 11 + "|"]
+    lines.append("| queries | " + " | ".join(str((decile == number).sum()) for number in range(1, 11)) + " |")
+    for name, same in found.items():
+        of_query = np.mean([result["test_per_query"] for result in same], axis=0)
+        means = (of_query[decile == number].mean() for number in range(1, 11))
+        lines.append(f"| {name} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:

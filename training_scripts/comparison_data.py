@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -37,6 +38,7 @@ class Task:
     clicks: dict[int, int]  # document -> its pairs in training
     validation: RetrievalEvaluator
     test: RetrievalEvaluator
+    test_targets: dict[Any, int] | None  # query id -> its relevant document, where each has exactly one
 
 
 def movielens(folder: Path) -> Task:
@@ -57,6 +59,7 @@ def movielens(folder: Path) -> Task:
         clicks=dict(Counter(splits["train"]["item_id"])),
         validation=evaluator(splits["train"], splits["validation"]),
         test=evaluator(known, splits["test"]),
+        test_targets={user: film for user, (film,) in _films(splits["test"]).items()},
     )
 
 
@@ -104,6 +107,7 @@ def docstrings(folder: Path) -> Task:
         clicks=dict(Counter(number_of[text] for _, text in training)),
         validation=evaluator(0),
         test=evaluator(1),
+        test_targets=None,
     )
 
 

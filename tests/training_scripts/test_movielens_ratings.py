@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from st_fpsloss.graded import graded_pairs
-from tests.training_scripts.conftest import QUIET, run, weights_of
+from tests.training_scripts.conftest import QUIET, SCRIPTS, run, weights_of
 
 FEATURES = [
     "--query_features", "user=Categorical", "age=Numerical", "gender=Categorical", "occupation=Categorical",
@@ -72,3 +74,17 @@ def test_the_stars_of_a_user_become_pairs(movielens: Path) -> None:
     for pair in pairs:
         user, better, worse = pair["query"]["user"], pair["document"]["film"], pair["negative_1"]["film"]
         assert stars[user, better] > stars[user, worse]
+
+
+def test_the_commands_of_the_readme_run(movielens: Path, tmp_path: Path) -> None:
+    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"## From the command line\n\n```bash\n(.*?)```", readme, flags=re.DOTALL)
+    commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.startswith("python")]
+    names = [Path(script).stem for _, script, *_ in commands]
+    assert names == ["movielens_files", "pretrain", "finetune", "evaluate", "index"]
+    for name, (_, _, *words) in zip(names[1:], commands[1:], strict=True):  # the files are there, cut to ten users
+        words = [word.replace("data/movielens", str(movielens)).replace("runs/", f"{tmp_path}/") for word in words]
+        if name in ("pretrain", "finetune"):
+            words += ["--max_steps", "2", "--save_strategy", "no", *QUIET]
+        run(name, *words)
+    assert (tmp_path / "films-index").is_dir()
