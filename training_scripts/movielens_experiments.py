@@ -39,6 +39,8 @@ WORDS_OF_LAST = 10
 """Films whose words are a query, in the steps without a history."""
 WHOLE = 1000
 """Longer than any history."""
+EQUAL = 1e-6
+"""Difference of two scores that is rounding."""
 BY_USER = "test_ndcg@10_by_user"
 
 
@@ -175,7 +177,11 @@ def words_model(task: Task, words: Sequence[str], with_features: bool) -> Senten
 
 
 def run_cold_start(model: Model, data: MovieLens100K, options: RunOptions) -> dict[str, Any]:
-    """Percentile ranks, among all films, of the films that users had last, where training never saw these films."""
+    """Percentile ranks of the films that users had last, where training never saw these films.
+
+    Among all films, and among those that training never saw, where equal scores count half: films that are unknown
+    alike stand, all of them, before those that training found to be no one's.
+    """
     films = np.array(data.items["item_id"])
     held_out = set(np.random.default_rng(options.seed).permutation(films)[: len(films) // 10].tolist())
     task = model.task(data, held_out)
@@ -188,13 +194,17 @@ def run_cold_start(model: Model, data: MovieLens100K, options: RunOptions) -> di
     ).numpy()
     place = {item: number for number, item in enumerate(task.documents)}
     own = np.array([scores[number, place[item]] for number, (_, item) in enumerate(pairs)])
-    below = (scores < own[:, None] - 1e-6).sum(axis=1) / (len(films) - 1)  # films of equal score stand before it
-    low, high = bootstrap_interval(below)
+    below = (scores < own[:, None] - EQUAL).sum(axis=1) / (len(films) - 1)  # films of equal score stand before it
+    rivals = scores[:, [place[item] for item in sorted(held_out)]] - own[:, None]
+    among = ((rivals < -EQUAL).sum(axis=1) + ((np.abs(rivals) <= EQUAL).sum(axis=1) - 1) / 2) / (len(held_out) - 1)
     return {
         "percentile": float(below.mean()),
-        "percentile_interval": [low, high],
+        "percentile_interval": bootstrap_interval(below),
+        "among_held_out": float(among.mean()),
+        "among_held_out_interval": bootstrap_interval(among),
         "test_clicks": len(pairs),
         "percentile_by_click": [round(float(value), 4) for value in below],
+        "among_held_out_by_click": [round(float(value), 4) for value in among],
         "ndcg@10": row["ndcg@10"],
         "train_seconds": row["train_seconds"],
     }
