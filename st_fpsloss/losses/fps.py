@@ -48,8 +48,9 @@ class FPSLoss(PopularityCorrectedLoss):
             multi-positive softmax.
         log_q: correct for in-batch negatives being drawn by popularity: ``"standard"`` subtracts log Q from every
             column (Yi et al. 2019), ``"corrected"`` from the negatives alone (arXiv 2507.09331; needs
-            ``duplicates="mask"``), None does not correct. On a log where a few documents have most of the clicks, this
-            decides about the quality of the ranking.
+            ``duplicates="mask"``; a positive competes with all documents but the query's other positives of the batch),
+            None does not correct. On a log where a few documents have most of the clicks, this decides about the
+            quality of the ranking.
         frequencies: what counts how often rows occur, by ``"query"`` and ``"document"``: a
             :class:`st_fpsloss.frequencies.FrequencyTable`, or a :class:`st_fpsloss.frequency_sketch.FrequencySketch`
             for many millions of distinct rows. None counts exactly, during training.
