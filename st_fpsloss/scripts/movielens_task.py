@@ -172,7 +172,7 @@ def build_model(task: Task, settings: Model) -> SentenceTransformer:
     words = title_words(task.trained, settings.title_films)
     of_film: dict[str, Callable[[list[Any]], Feature]] = {
         "film": Categorical("film", dim=dim, id_dropout=settings.id_dropout).fit,
-        "title": lambda titles: Tags("title", vocabulary=words, dim=dim),
+        "title": lambda titles: Tags("title", vocabulary=tuple(words), dim=dim),
         "genres": Tags("genres", dim=dim).fit,
         "year": Categorical("year", dim=dim).fit,
     }
