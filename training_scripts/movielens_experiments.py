@@ -127,13 +127,13 @@ def run_words(with_id: bool, with_features: bool, data: MovieLens100K, options: 
     if with_id:
         words = {item: [f"film:{item}", *title] for item, title in words.items()}
 
-    def query(films: Sequence[str], user: Mapping[str, Any]) -> dict[str, Any]:
+    def query(films: Sequence[str], user: Mapping[str, Any]) -> Any:
         text = " ".join(word for film in films[-WORDS_OF_LAST:] for word in words[int(film)])
-        return {"text": text, **(user if with_features else {})}
+        return {"text": text, **user} if with_features else text
 
-    def document(film: Mapping[str, Any]) -> dict[str, Any]:
-        side = {"genres": film["genres"], "year": film["year"]} if with_features else {}
-        return {"text": " ".join(words[film["item_id"]]), **side}
+    def document(film: Mapping[str, Any]) -> Any:
+        text = " ".join(words[film["item_id"]])
+        return {"text": text, "genres": film["genres"], "year": film["year"]} if with_features else text
 
     task = make_task(data, WORDS_OF_LAST, query=query, document=document)
     whole = make_task(data, WHOLE).rows["query"]

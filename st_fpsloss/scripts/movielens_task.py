@@ -29,11 +29,11 @@ class Task:
     """MovieLens under the protocol leave-last-one-out."""
 
     users: dict[int, dict[str, Any]]
-    documents: dict[int, dict[str, Any]]
-    trained: list[dict[str, Any]]  # documents that have a click in training
+    documents: dict[int, Any]
+    trained: list[Any]  # documents that have a click in training
     rows: Dataset  # query: windows of histories, every prefix of which is a click, for PrefixCollator
     clicks: int  # how many clicks the rows hold
-    queries: dict[int, dict[str, Any]]  # user -> query at test, that is with the validation film
+    queries: dict[int, Any]  # user -> query at test, that is with the validation film
     seen: dict[int, list[int]]  # user -> films in training and validation
     validation: RetrievalEvaluator
     test: RetrievalEvaluator
@@ -59,8 +59,8 @@ def make_task(
     data: MovieLens100K,
     max_history: int,
     held_out: Collection[int] = (),
-    query: Callable[[Sequence[str], Mapping[str, Any]], dict[str, Any]] = user_query,
-    document: Callable[[Mapping[str, Any]], dict[str, Any]] = film_document,
+    query: Callable[[Sequence[str], Mapping[str, Any]], Any] = user_query,
+    document: Callable[[Mapping[str, Any]], Any] = film_document,
 ) -> Task:
     """Queries, documents and judgments.
 
@@ -81,7 +81,7 @@ def make_task(
             return ratings
         return ratings.select(np.flatnonzero(~np.isin(ratings["item_id"][:], list(held_out))))
 
-    def queries(ratings: Dataset) -> dict[int, dict[str, Any]]:
+    def queries(ratings: Dataset) -> dict[int, Any]:
         films = histories(kept(ratings), **COLUMNS, max_history=max_history)
         return {user: query(films[user].split(), users[user]) for user in films}
 
