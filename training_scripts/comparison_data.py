@@ -20,8 +20,8 @@ from st_fpsloss import RetrievalEvaluator
 from st_fpsloss.clicks import histories, next_item_pairs
 from st_fpsloss.files import write_whole
 from st_fpsloss.movielens import load_movielens_100k
+from st_fpsloss.scripts.movielens_task import COLUMNS, films_by_user
 
-COLUMNS = {"user": "user_id", "item": "item_id", "time": "timestamp"}
 MAX_HISTORY = 10
 # Installed with this package; their sources are parsed, not imported.
 PACKAGES = ("torch", "transformers", "datasets", "sentence_transformers", "numpy", "pandas")
@@ -50,7 +50,9 @@ def movielens(folder: Path) -> Task:
 
     def evaluator(past: Dataset, future: Dataset) -> RetrievalEvaluator:
         queries = histories(past, **COLUMNS, max_history=MAX_HISTORY)
-        return RetrievalEvaluator(queries, documents, _films(future), seen_docs=_films(past), at=(10,), batch_size=512)
+        return RetrievalEvaluator(
+            queries, documents, films_by_user(future), seen_docs=films_by_user(past), at=(10,), batch_size=512
+        )
 
     return Task(
         pairs=next_item_pairs(splits["train"], **COLUMNS, max_history=MAX_HISTORY),
@@ -59,7 +61,7 @@ def movielens(folder: Path) -> Task:
         clicks=dict(Counter(splits["train"]["item_id"])),
         validation=evaluator(splits["train"], splits["validation"]),
         test=evaluator(known, splits["test"]),
-        test_targets={user: film for user, (film,) in _films(splits["test"]).items()},
+        test_targets={user: film for user, (film,) in films_by_user(splits["test"]).items()},
     )
 
 
@@ -109,13 +111,6 @@ def docstrings(folder: Path) -> Task:
         test=evaluator(1),
         test_targets=None,
     )
-
-
-def _films(ratings: Dataset) -> dict[int, list[int]]:
-    films: dict[int, list[int]] = {}
-    for user, film in zip(ratings["user_id"], ratings["item_id"], strict=True):
-        films.setdefault(user, []).append(film)
-    return films
 
 
 def _functions() -> Iterator[tuple[str, str]]:

@@ -30,6 +30,7 @@ from st_fpsloss import (
     TripletLoss,
     two_tower,
 )
+from st_fpsloss.files import write_whole
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.negatives import with_negatives
 from st_fpsloss.towers import id_embedding
@@ -102,7 +103,7 @@ class ResultsFile:
             result["key"]: result for result in map(json.loads, filter(None, lines[:-1]))
         }
         if lines and lines[-1]:
-            path.write_text("\n".join([*lines[:-1], ""]), encoding="utf-8")
+            write_whole(path, "\n".join([*lines[:-1], ""]))
 
     def append(self, run: Run, result: dict[str, Any]) -> None:
         """Keep the result of a run."""

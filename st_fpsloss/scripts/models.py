@@ -63,38 +63,27 @@ class TowerArguments:
         Raises:
             ValueError: If an argument is unfit, or the rows lack a feature.
         """
-        query = Tower(
-            self.query_model,
-            num_hidden_layers=self.query_layers,
-            max_seq_length=self.query_max_seq_length,
-            features=fitted_features(self.query_features, rows, "query"),
-            pooling=self.pooling,
-            hidden_dims=self._hidden_dims(),
-            dropout=self.dropout,
-        )
+        query = self._tower("query", rows)
         prompts = {"query": self.query_prompt, "document": self.document_prompt}
         return two_tower(
             query=query,
-            document=query if self.shared_tower else self._document_tower(rows),
+            document=query if self.shared_tower else self._tower("document", rows),
             embedding_dim=self.embedding_dim,
             similarity=self.similarity,
             document_bias=self.document_bias,
             prompts={name: prompt for name, prompt in prompts.items() if prompt} or None,
         )
 
-    def _document_tower(self, rows: Dataset) -> Tower:
+    def _tower(self, side: str, rows: Dataset) -> Tower:
         return Tower(
-            self.document_model,
-            num_hidden_layers=self.document_layers,
-            max_seq_length=self.document_max_seq_length,
-            features=fitted_features(self.document_features, rows, "document"),
+            getattr(self, f"{side}_model"),
+            num_hidden_layers=getattr(self, f"{side}_layers"),
+            max_seq_length=getattr(self, f"{side}_max_seq_length"),
+            features=fitted_features(getattr(self, f"{side}_features"), rows, side),
             pooling=self.pooling,
-            hidden_dims=self._hidden_dims(),
+            hidden_dims=() if self.hidden_dims == [0] else tuple(self.hidden_dims),
             dropout=self.dropout,
         )
-
-    def _hidden_dims(self) -> tuple[int, ...]:
-        return () if self.hidden_dims == [0] else tuple(self.hidden_dims)
 
     def __post_init__(self) -> None:
         of_documents = ("document_model", "document_layers", "document_max_seq_length", "document_features")

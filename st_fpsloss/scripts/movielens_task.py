@@ -87,7 +87,7 @@ def make_task(
 
     windows = next_item_windows(kept(train), **COLUMNS, max_history=max_history)
     counts = Counter(kept(train)["item_id"])
-    seen = films_by_user(known)
+    asked, seen = queries(known), films_by_user(known)
     evaluator = partial(RetrievalEvaluator, corpus=documents, at=CUTOFFS, batch_size=256)
     return Task(
         users=users,
@@ -101,7 +101,7 @@ def make_task(
             }
         ),
         clicks=sum(len(films) - 1 for films in windows["items"]),
-        queries=queries(known),
+        queries=asked,
         seen=seen,
         validation=evaluator(
             queries(train),
@@ -109,7 +109,7 @@ def make_task(
             seen_docs=films_by_user(train),
             name="validation",
         ),
-        test=evaluator(queries(known), relevant_docs=films_by_user(splits["test"]), seen_docs=seen, name="test"),
+        test=evaluator(asked, relevant_docs=films_by_user(splits["test"]), seen_docs=seen, name="test"),
         popularity=np.array([counts[item] for item in documents], dtype=np.float64),
     )
 
