@@ -5,6 +5,7 @@ ends; started again, the script goes on where it stopped. Table and plot are wri
 
 Examples:
     python training_scripts/compare_losses.py --data movielens --study losses --output_dir runs/compare
+    python training_scripts/compare_losses.py --data ratings --study graded --num_tokens 1000000
     python training_scripts/compare_losses.py --data docstrings --study scale --seeds 0 1 2 --output_dir runs/compare
     python training_scripts/compare_losses.py --data movielens --study log_q --report_only
 """
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, (stages, similarity) in STUDIES[options.study]().items()
     }
     task = TASKS[options.data](options.output_dir)
+    if task.graded is None and any(stage.graded for same in runs.values() for stage in same[0].stages):
+        raise ValueError(f"--study {options.study} compares grades, and --data {options.data} has none: take ratings.")
     if not options.report_only:
         execute_missing(runs, task, results)
     report(runs, task, results, options)

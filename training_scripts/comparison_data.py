@@ -1,4 +1,4 @@
-"""The two data sets of compare_losses.py: MovieLens-100K, and docstrings of the Python code on this machine."""
+"""The data of compare_losses.py: MovieLens-100K as clicks and as ratings, and docstrings of Python code."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from st_fpsloss import RetrievalEvaluator
 from st_fpsloss.clicks import histories, next_item_pairs
 from st_fpsloss.files import write_whole
+from st_fpsloss.graded import graded_pairs
 from st_fpsloss.movielens import load_movielens_100k
 from st_fpsloss.scripts.movielens_task import COLUMNS, films_by_user
 
@@ -26,6 +27,7 @@ MAX_HISTORY = 10
 # Installed with this package; their sources are parsed, not imported.
 PACKAGES = ("torch", "transformers", "datasets", "sentence_transformers", "numpy", "pandas")
 NUM_JUDGED_QUERIES = 1500  # of each of validation and test
+MAX_GRADED_PAIRS = 100  # of a user
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Task:
     clicks: dict[int, int]  # document -> its pairs in training
     validation: RetrievalEvaluator
     test: RetrievalEvaluator
-    test_targets: dict[Any, int] | None  # query id -> its relevant document, where each has exactly one
+    test_targets: dict[Any, int] | None = None  # query id -> its relevant document, where each has exactly one
+    graded: Dataset | None = None  # query, document, negative_1 of a lower grade
 
 
 def movielens(folder: Path) -> Task:
@@ -65,14 +68,47 @@ def movielens(folder: Path) -> Task:
     )
 
 
+def ratings(folder: Path) -> Task:
+    """A query is a user's id, a document a film's id, and what is asked is which of two films a user gives more stars.
+
+    A random tenth of the ratings is held out for validation and another for test. A user's held-out films alone are
+    ranked, with the gain 2^stars - 1. Every rating in training is a click, whatever its stars; ``graded`` compares
+    them.
+    """
+    data = load_movielens_100k()
+    stars = data.ratings.map(lambda row: {"query": f"user{row['user_id']}", "document": f"film{row['item_id']}"})
+    part_of = np.minimum(np.random.default_rng(0).random(len(stars)) * 10, 2).astype(int)  # a tenth, a tenth, the rest
+    training = stars.select(np.flatnonzero(part_of == 2))
+    documents = {film: f"film{film}" for film in data.items["item_id"]}
+
+    def evaluator(part: int) -> RetrievalEvaluator:
+        gains: dict[str, dict[int, float]] = {}
+        for row in stars.select(np.flatnonzero(part_of == part)).to_list():
+            gains.setdefault(row["query"], {})[row["item_id"]] = 2.0 ** row["rating"] - 1
+        others = {user: documents.keys() - films.keys() for user, films in gains.items()}
+        return RetrievalEvaluator(
+            {user: user for user in gains}, documents, gains, seen_docs=others, at=(10,), batch_size=512
+        )
+
+    return Task(
+        pairs=training.select_columns(["query", "document"]),
+        documents=documents,
+        words=[*documents.values(), *dict.fromkeys(stars["query"])],
+        clicks=dict(Counter(training["item_id"])),
+        validation=evaluator(0),
+        test=evaluator(1),
+        graded=graded_pairs(training, grade="rating", max_pairs=MAX_GRADED_PAIRS),
+    )
+
+
 def docstrings(folder: Path) -> Task:
     """A query is a function's name as words, a document the first sentence of a docstring of that name.
 
     The pairs are those of the Python standard library and of the packages that this one depends on, as installed.
-    Names and docstrings repeat as people repeat them: ``forward`` has thousands of docstrings, and the same sentence
+    Names and docstrings repeat as people repeat them: ``forward`` has hundreds of docstrings, and the same sentence
     stands at many functions. Every function is one click, so the log's repetition is the code's. Of the distinct pairs
-    a random tenth is held out for validation and another for test, wherever both its query and its document also occur
-    in training; a query's other held-out documents and those of its training pairs are left out of the ranking.
+    a random tenth is held out for validation and another for test. All docstrings are ranked, those of no training pair
+    too; the other documents of a query, trained or held out, are left out of its ranking.
     The log is kept in ``folder``: other versions of the packages have other docstrings.
     """
     path = folder / "docstrings.tsv"
@@ -83,18 +119,16 @@ def docstrings(folder: Path) -> Task:
     drawn = np.random.default_rng(0).random(len(pairs))
     part_of = {pair: 0 if share < 0.1 else 1 if share < 0.2 else 2 for pair, share in zip(pairs, drawn, strict=True)}
     training = [pair for pair in clicks if part_of[pair] == 2]
-    trained_queries = {query for query, _ in training}
-    number_of = {text: number for number, text in enumerate(dict.fromkeys(text for _, text in training))}
+    number_of = {text: number for number, text in enumerate(dict.fromkeys(text for _, text in clicks))}
 
-    held_out: list[dict[str, set[int]]] = [{}, {}, {}]
+    documents_of: list[dict[str, set[int]]] = [{}, {}, {}]  # of each part: query -> its documents
     for (query, text), part in part_of.items():
-        if query in trained_queries and text in number_of:
-            held_out[part].setdefault(query, set()).add(number_of[text])
+        documents_of[part].setdefault(query, set()).add(number_of[text])
     documents = {number: text for text, number in number_of.items()}
 
     def evaluator(part: int) -> RetrievalEvaluator:
-        judged = dict(list(held_out[part].items())[:: max(1, len(held_out[part]) // NUM_JUDGED_QUERIES)])
-        others = [held_out[number] for number in range(3) if number != part]
+        judged = dict(list(documents_of[part].items())[:: max(1, len(documents_of[part]) // NUM_JUDGED_QUERIES)])
+        others = [documents_of[number] for number in range(3) if number != part]
         seen = {query: set().union(*(other.get(query, set()) for other in others)) for query in judged}
         return RetrievalEvaluator(
             {query: query for query in judged}, documents, judged, seen_docs=seen, at=(10,), batch_size=512
@@ -109,7 +143,6 @@ def docstrings(folder: Path) -> Task:
         clicks=dict(Counter(number_of[text] for _, text in training)),
         validation=evaluator(0),
         test=evaluator(1),
-        test_targets=None,
     )
 
 
@@ -146,4 +179,4 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"[a-z]+|[0-9]+", spaced.lower()))
 
 
-TASKS = {"movielens": movielens, "docstrings": docstrings}
+TASKS = {"movielens": movielens, "ratings": ratings, "docstrings": docstrings}

@@ -32,7 +32,7 @@ from st_fpsloss import (
 )
 from st_fpsloss.files import write_whole
 from st_fpsloss.losses.base import ClickLoss
-from st_fpsloss.negatives import with_negatives
+from st_fpsloss.negatives import mixture_frequencies, with_negatives
 from st_fpsloss.towers import id_embedding
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,10 @@ class Stage:
     Args:
         loss: a key of ``LOSSES``.
         settings: arguments of the loss.
-        negatives: explicit negatives a row, drawn by popularity^0.75; 0 for in-batch negatives.
+        negatives: explicit negatives a row, drawn anew every epoch; 0 for in-batch negatives.
+        power: they are drawn in proportion to clicks to this power.
         catalogue: let the sum of the softmax go over all documents.
+        graded: learn from a better and a worse document of a query instead of clicks.
         share: part of the run's tokens.
         batch_size: rows of a batch.
         scale_learning_rate: learning rate of log α.
@@ -69,7 +71,9 @@ class Stage:
     loss: str
     settings: Mapping[str, Any]
     negatives: int = 0
+    power: float = 0.75
     catalogue: bool = False
+    graded: bool = False
     share: float = 1.0
     batch_size: int = BATCH_SIZE
     scale_learning_rate: float = LEARNING_RATE
@@ -161,15 +165,22 @@ def _model(task: Task, similarity: str) -> SentenceTransformer:
     return two_tower(query, document, embedding_dim=EMBEDDING_DIM, similarity=similarity)
 
 
+def _pairs(run: Run, stage: Stage, task: Task) -> Dataset:
+    if stage.graded and task.graded is not None:
+        return task.graded
+    if stage.negatives:
+        return with_negatives(task.pairs, num_negatives=stage.negatives, power=stage.power, seed=run.seed)
+    return task.pairs
+
+
 def _train(run: Run, stage: Stage, task: Task, model: SentenceTransformer, budget: TokenBudget) -> dict[str, Any]:
     settings = dict(stage.settings)
     if stage.catalogue:
         settings["catalogue"] = list(task.documents.values())
+    pairs = _pairs(run, stage, task)
+    if stage.negatives and settings.get("log_q"):
+        settings["frequencies"] = mixture_frequencies(pairs, model, in_batch=False)
     loss = LOSSES[stage.loss](model, mini_batch_num_tokens=2**17, **settings)
-    pairs: Dataset = task.pairs
-    if stage.negatives:
-        pairs = with_negatives(pairs, num_negatives=stage.negatives, seed=run.seed)
-    columns = ["query", "document", *(f"negative_{number + 1}" for number in range(stage.negatives))]
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,
@@ -178,7 +189,9 @@ def _train(run: Run, stage: Stage, task: Task, model: SentenceTransformer, budge
             learning_rate=LEARNING_RATE,
             learning_rate_mapping={"logit_scale": stage.scale_learning_rate},
             lr_scheduler_type="constant",
-            router_mapping={column: "document" if number else "query" for number, column in enumerate(columns)},
+            router_mapping={
+                column: "document" if number else "query" for number, column in enumerate(pairs.column_names)
+            },
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,

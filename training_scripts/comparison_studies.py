@@ -21,11 +21,17 @@ def fps(**settings: Any) -> Stage:
     return Stage("fps", {"log_q": "corrected", "scale": SCALE, "learn_scale": False, **settings})
 
 
+PAIR_CE = Stage("pair_ce", {"scale": SCALE, "learn_scale": False}, negatives=NUM_NEGATIVES, power=0.0)
+TRIPLET = Stage("triplet", {"margin": 0.3}, negatives=NUM_NEGATIVES, power=0.0)
+SOFTMAX = {"scale": SCALE, "learn_scale": False}
 FINE_TUNING = {
-    "PairCE": Stage("pair_ce", {"scale": SCALE, "learn_scale": False}, negatives=NUM_NEGATIVES),
-    "triplet": Stage("triplet", {"margin": 0.3}, negatives=NUM_NEGATIVES),
-    "sampled softmax": Stage("sampled_softmax", {"scale": SCALE, "learn_scale": False}, negatives=NUM_NEGATIVES),
-    "catalogue softmax": Stage("sampled_softmax", {"scale": SCALE, "learn_scale": False}, catalogue=True),
+    "PairCE": PAIR_CE,
+    "PairCE, popular negatives": replace(PAIR_CE, power=0.75),
+    "triplet": TRIPLET,
+    "triplet, popular negatives": replace(TRIPLET, power=0.75),
+    "sampled softmax": Stage("sampled_softmax", {**SOFTMAX, "log_q": "corrected"}, negatives=NUM_NEGATIVES),
+    "sampled softmax without log_q": Stage("sampled_softmax", SOFTMAX, negatives=NUM_NEGATIVES),
+    "catalogue softmax": Stage("sampled_softmax", SOFTMAX, catalogue=True),
     "sigmoid": Stage("sigmoid", {"scale": SCALE}),
 }
 
@@ -40,6 +46,17 @@ def losses() -> dict[str, Configuration]:
     for name, stage in FINE_TUNING.items():
         configurations[name] = ((stage,), "cosine")
         configurations[f"FPS, then {name}"] = ((first, replace(stage, share=1 / 3)), "cosine")
+    return configurations
+
+
+def graded() -> dict[str, Configuration]:
+    """Clicks alone, grades alone, and two thirds of the tokens on clicks before one third on grades."""
+    first = replace(fps(), share=2 / 3)
+    configurations: dict[str, Configuration] = {"FPS on clicks": ((fps(),), "cosine")}
+    for name, stage in (("PairCE", PAIR_CE), ("triplet", TRIPLET)):
+        stage = replace(stage, settings={**stage.settings, "duplicates": "keep"}, negatives=0, graded=True)
+        configurations[f"{name} on grades"] = ((stage,), "cosine")
+        configurations[f"FPS on clicks, then {name} on grades"] = ((first, replace(stage, share=1 / 3)), "cosine")
     return configurations
 
 
@@ -90,4 +107,11 @@ def batch_size() -> dict[str, Configuration]:
     }
 
 
-STUDIES = {"losses": losses, "log_q": log_q, "similarity": similarity, "scale": scale, "batch_size": batch_size}
+STUDIES = {
+    "losses": losses,
+    "graded": graded,
+    "log_q": log_q,
+    "similarity": similarity,
+    "scale": scale,
+    "batch_size": batch_size,
+}

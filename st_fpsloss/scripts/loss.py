@@ -48,7 +48,14 @@ class LossArguments:
     hardest: int | None = field(default=None, metadata={"help": "so many in-batch negatives, the most similar ones"})
     semi_hard: bool = field(default=False, metadata={"help": "in-batch negatives within the margin alone"})
     mini_batch_num_tokens: int | None = field(default=None, metadata={"help": "padded tokens encoded at a time"})
-    cache_gradients: bool = field(default=False, metadata={"help": "memory that does not grow with the batch"})
+    cache_gradients: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "true",
+            "help": "memory that does not grow with the batch; a number, as 16384, keeps the graphs of so many tokens",
+        },
+    )
     gather_across_devices: bool = field(default=False, metadata={"help": "negatives from all processes"})
 
 
@@ -72,7 +79,7 @@ def make_loss(
 
     Raises:
         ValueError: If the command line has an argument that this loss does not know, or known positives are to be
-            masked under prompts, and as the loss itself.
+            masked under prompts, or ``--cache_gradients`` has a value that is no number, and as the loss itself.
     """
     kind = _LOSSES[name]
     known = set(inspect.signature(kind).parameters)
@@ -84,6 +91,8 @@ def make_loss(
     unknown = [argument for argument in given if argument not in known]
     if unknown:
         raise ValueError(f"--{unknown[0]} is no argument of the loss {name!r} ({kind.__name__}): leave it out.")
+    if arguments.cache_gradients is not None:
+        given["cache_gradients"] = _flag_or_number(arguments.cache_gradients)
     settings = {argument: value for argument, value in chosen.items() if argument in known} | given
     if settings.get("log_q") == "none":
         settings["log_q"] = None
@@ -93,3 +102,11 @@ def make_loss(
         rows = clicks.select_columns(["query", "document"]).with_format(None)[is_positive(clicks).nonzero()[0]]
         settings["known_positives"] = list(zip(rows["query"], rows["document"], strict=True))
     return kind(model, **settings)
+
+
+def _flag_or_number(word: str) -> bool | int:
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if word.isdecimal():
+        return int(word)
+    raise ValueError(f"--cache_gradients {word}: leave out the value, or give true, false or a whole number of tokens.")

@@ -84,11 +84,11 @@ def features_of(model: SentenceTransformer, batch_size: int, log: str) -> list[F
     return [model.preprocess(queries, task="query"), model.preprocess(documents, task="document")]
 
 
-def measure(contender: str, batch_size: int, log: str, runs: int, gradient_file: str | None) -> dict[str, float]:
-    """Seconds a step, memory, tokens, loss and, for our own loss, seconds of the floor beside it."""
+def measure(contender: str, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds a step, memory, tokens, loss and, for our own loss, the step over its floor, timed beside it."""
     model = build_model()
     loss = CONTENDERS[contender](model)
-    features = features_of(model, batch_size, log)
+    features = features_of(model, options.batch_size, options.log)
     tokens = [0]
     hooks = [
         module.register_forward_pre_hook(
@@ -98,36 +98,38 @@ def measure(contender: str, batch_size: int, log: str, runs: int, gradient_file:
         if isinstance(module, Transformer)
     ]
 
-    def step() -> float:
+    values: list[float] = []
+
+    def step() -> None:
         model.zero_grad()
         value = loss([dict(column) for column in features], None)
         value.backward()
-        return float(value.detach())
+        values.append(float(value.detach()))
 
     for parameter in model.parameters():  # gradients are the model's memory, not the step's
         parameter.grad = torch.zeros_like(parameter)
     before = resident()
     reset_peak()
-    start = time.perf_counter()
-    value = step()  # the warm-up, which also gives memory and tokens
-    first_seconds = time.perf_counter() - start
-    result = {"loss": value, "peak_mib": (peak() - before) / MIB, "tokens": tokens[0]}
+    seconds = [_timed(step)]  # the first step also gives memory, tokens and gradient
+    result = {"loss": values[0], "peak_mib": (peak() - before) / MIB, "tokens": tokens[0]}
     for hook in hooks:
         hook.remove()
-    if gradient_file:
+    if options.gradient_file:
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        torch.save(gradient, gradient_file)
-    seconds = [] if runs else [first_seconds]
-    for _ in range(runs):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    result["seconds"] = statistics.median(seconds)
+        torch.save(gradient, options.gradient_file)
+    seconds += [_timed(step) for _ in range(options.warm_ups + options.runs - 1)]
+    result["seconds"] = statistics.median(seconds[options.warm_ups :])
     if contender.startswith("ours"):
         cached = contender == "ours_cached"
-        floors = [floor_seconds(model, features, cached) for _ in range(max(1, runs) + 1)]
+        floors = [floor_seconds(model, features, cached) for _ in range(options.runs + 1)]
         result["over_floor"] = result["seconds"] / statistics.median(floors[1:])  # the first one is a warm-up
     return result
+
+
+def _timed(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def floor_seconds(model: SentenceTransformer, features: list[Features], cached: bool) -> float:
@@ -162,7 +164,8 @@ def seconds_a_row(model: SentenceTransformer, column: Features, length: int, cac
 def run_child(contender: str, options: argparse.Namespace, gradient_file: str) -> dict[str, float] | str:
     """One contender in its own process; a sentence where it does not fit."""
     command = [sys.executable, "-m", "tests.benchmarks.training_step", "--child", contender]
-    command += ["--batch_size", str(options.batch_size), "--log", options.log, "--runs", str(options.runs)]
+    command += ["--batch_size", str(options.batch_size), "--log", options.log]
+    command += ["--warm_ups", str(options.warm_ups), "--runs", str(options.runs)]
     command += ["--gradient_file", gradient_file, "--memory_gib", str(options.memory_gib)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
@@ -217,7 +220,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--log", choices=["zipf", "equal"], default="zipf")
-    parser.add_argument("--runs", type=int, default=3, help="0: the first step, for steps of minutes")
+    parser.add_argument(
+        "--warm_ups", type=int, default=2, help="steps before those timed: fresh memory from the system costs time"
+    )
+    parser.add_argument("--runs", type=int, default=3, help="steps timed; the table has their median")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--memory_gib", type=float, default=22.0)
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
@@ -225,11 +231,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         limit_memory(options.memory_gib)
-        result = measure(options.child, options.batch_size, options.log, options.runs, options.gradient_file)
-        print(json.dumps(result))
+        print(json.dumps(measure(options.child, options)))
         return
     print(
-        f"{options.log} log, {options.batch_size} rows, {options.runs} runs each, {torch.get_num_threads()} threads\n"
+        f"{options.log} log, {options.batch_size} rows, {options.runs} steps after {options.warm_ups}, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print_table(compare(options))
 

@@ -88,16 +88,39 @@ def test_the_runs_of_a_study_differ_in_what_it_is_about(study: str) -> None:
     assert all(sum(stage.share for stage in stages) == pytest.approx(1) for stages, _ in configurations.values())
 
 
-def test_docstrings_hold_out_pairs_of_known_queries_and_documents(folder: Path) -> None:
+def test_docstrings_judge_pairs_that_training_lacks_among_all_documents(folder: Path) -> None:
     task = TASKS["docstrings"](folder)
+    log = {tuple(line.split("\t")) for line in (folder / "docstrings.tsv").read_text().splitlines()}
     trained = set(zip(task.pairs["query"], task.pairs["document"], strict=True))
-    number_of = {text: number for number, text in task.documents.items()}
+    assert set(task.documents.values()) == {text for _, text in log}
+    judged = []
     for evaluator in (task.validation, task.test):
         ranking = evaluator.top_k(lambda ids: [[0.0] * len(task.documents) for _ in ids], len(task.documents))
         assert len(ranking) == len(evaluator.query_ids) > 20
-        for query, found in ranking.items():
-            offered = {number for number, _ in found}
-            assert not offered & {number_of[text] for name, text in trained if name == query}
+        judged.append({(query, task.documents[number]) for query, found in ranking.items() for number, _ in found})
+        offered = {pair for pair in judged[-1] if pair in log}  # a query's ranking holds its relevant documents alone
+        assert offered and not offered & trained
+    assert not judged[0] & judged[1] & log
+
+
+def test_ratings_rank_what_a_user_has_rated_and_training_lacks(folder: Path) -> None:
+    task = TASKS["ratings"](folder)
+    trained = set(zip(task.pairs["query"], task.pairs["document"], strict=True))
+    assert len(trained) == len(task.pairs) == pytest.approx(80_000, rel=0.01)
+    assert task.graded is not None
+    for column in ("document", "negative_1"):
+        assert set(zip(task.graded["query"], task.graded[column], strict=True)) <= trained
+    for evaluator in (task.validation, task.test):
+        ranking = evaluator.top_k(lambda ids: [list(range(len(task.documents))) for _ in ids], len(task.documents))
+        offered = {(user, task.documents[film]) for user, found in ranking.items() for film, _ in found}
+        assert len(offered) == pytest.approx(10_000, rel=0.03)
+        assert not offered & trained
+
+
+def test_grades_are_asked_of_data_that_has_them(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--data docstrings has none: take ratings"):
+        compare_losses.main(["--data", "docstrings", "--study", "graded", "--output_dir", str(folder)])
+    assert not (folder / "results.jsonl").exists()
 
 
 def test_results_are_kept_by_all_that_they_depend_on(tmp_path: Path) -> None:
