@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from datasets import DatasetDict
 
@@ -39,7 +41,69 @@ def test_dicts_of_several_files_are_united(tmp_path: Path) -> None:
     assert load_clicks(paths)["query"][:] == [{"text": "a", "age": None}, {"text": "b", "age": 3}]
 
 
+# Quotes.
+
+
+def values(path: Path, text: str) -> list[tuple[str, str]]:
+    """Query and document of the rows of a CSV or TSV file; read whole and as a stream alike."""
+    path.write_text(text, encoding="utf-8", newline="")
+    rows = list(load_clicks(path))
+    assert list(load_clicks(path, streaming=True)) == rows
+    return [(row["query"], row["document"]) for row in rows]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_tsv_with_stray_quotes_has_a_row_a_line(end: str, tmp_path: Path) -> None:
+    rows = [('"tv', "d1"), ("blue", "d2"), ('"pc', "d3"), ('"new york"', "d4"), ('19" rack', '""'), ("last", '"')]
+    text = end.join(map("\t".join, [("query", "document"), *rows])) + end
+    assert values(tmp_path / "log.tsv", text) == rows
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_a_file_that_pandas_wrote_is_read_back(suffix: str, quoting: Any, tmp_path: Path) -> None:
+    rows = [
+        ('"tv', "d1"),
+        ('a "b", c', "one\ntwo"),
+        ("x, y\tz", 'line, one,\r\nline\ttwo\t"end"'),
+        ("plain", '17" rack'),
+    ]
+    frame = pd.DataFrame(rows, columns=["query", "document"])
+    text = frame.to_csv(index=False, sep="," if suffix == ".csv" else "\t", quoting=quoting, lineterminator="\n")
+    assert values(tmp_path / f"log{suffix}", text) == rows
+    assert values(tmp_path / f"mark{suffix}", "\ufeff" + text) == rows
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rows", "line", "problem"),
+    [
+        (".csv", ["red|d0", '"tv|d1', "blue|d2", '"pc|d3'], 3, "begins with a quote and does not end with one"),
+        (".csv", ['"tv|d1', "blue|d2"], 2, "begins with a quote and does not end with one"),
+        (".csv", ['"tv|d1', "blue|d2", 'pc"|d3'], 2, "several rows without"),
+        (".tsv", ["red|d0", '"tv|d1', "blue|d2", 'pc"|d3'], 3, "several rows without"),
+    ],
+)
+def test_quotes_that_may_join_rows_are_refused_with_their_line(
+    suffix: str, rows: list[str], line: int, problem: str, tmp_path: Path
+) -> None:
+    text = "\n".join(["query|document", *rows]).replace("|", "," if suffix == ".csv" else "\t")
+    path = tmp_path / f"log{suffix}"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=refusal(path.name, "'\"tv", f"in line {line} ", problem, "double theirs")):
+        load_clicks(path)
+
+
 # Files that are refused.
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [("log.csv", "query;document\na;1,5\n", "';'"), ("log.csv", "query\tdocument\na\tb\n", r"'\t'")],
+)
+def test_another_delimiter_is_named(name: str, text: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=refusal(f"looks like {found}, where ',' is needed", f"sep={found}")):
+        load_clicks(tmp_path / name)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
