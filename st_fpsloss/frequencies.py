@@ -126,7 +126,12 @@ class Frequencies(ABC):
         self._scale(factor)
 
     def log_q(self, keys: Tensor) -> Tensor:
-        """Log probability (N,) float32 that one draw is each of the ``keys`` (N,) int64."""
+        """Log probability (N,) float32 that one draw is each of the ``keys`` (N,) int64.
+
+        Before anything is counted, these are all that is known, and one is as probable as the other.
+        """
+        if not self._total:
+            return torch.full((len(keys),), -math.log(max(1, len(keys))), device=keys.device)
         counts = self._counts_of(keys.cpu().numpy()) * 2.0**-self._log2_weight + self.prior
         total = self.total + self.prior * max(1.0, self._num_distinct())
         q = np.maximum(counts, np.finfo(np.float32).tiny) / (total if total > 0 else 1.0)

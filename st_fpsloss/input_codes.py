@@ -81,13 +81,26 @@ def is_positive(dataset: Dataset) -> np.ndarray:
 def pairs_of(
     known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
 ) -> tuple[list[Any], list[Any]]:
-    """The queries and the documents of known pairs, given as query -> documents or as an iterable of pairs."""
+    """The queries and the documents of known pairs, given as query -> documents or as an iterable of pairs.
+
+    Raises:
+        ValueError: If the documents of a query are one input instead of many, or an entry is no pair.
+    """
     if known_positives is None:
         return [], []
     if isinstance(known_positives, Mapping):
+        for query, documents in known_positives.items():
+            if isinstance(documents, (str, Mapping)) or not isinstance(documents, Iterable):
+                raise ValueError(
+                    f"`known_positives[{query!r}]` must be the documents of that query, got {documents!r}: "
+                    "pass a list or a set of them."
+                )
         pairs = [(query, document) for query, documents in known_positives.items() for document in documents]
     else:
         pairs = list(known_positives)
+        for pair in pairs:
+            if isinstance(pair, (str, Mapping)) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise ValueError(f"`known_positives` must hold pairs (query, document), got {pair!r}.")
     return [query for query, _ in pairs], [document for _, document in pairs]
 
 

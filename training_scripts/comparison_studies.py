@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from comparison_runs import NUM_NEGATIVES, Stage
+from comparison_runs import LEARNING_RATE, NUM_NEGATIVES, Stage
 
 FIXED_SCALES = (3.0, 5.0, 7.0, 10.0, 14.0, 20.0)
 SCALE_STARTS = (5.0, 10.0, 1 / 0.07)
@@ -92,10 +92,14 @@ def similarity() -> dict[str, Configuration]:
 
 
 def scale() -> dict[str, Configuration]:
-    """Fixed α, and α learned from several starts."""
-    fixed = {f"fixed {alpha:g}": ((fps(scale=alpha),), "cosine") for alpha in FIXED_SCALES}
-    learned = {f"learned from {start:.3g}": ((fps(scale=start, learn_scale=True),), "cosine") for start in SCALE_STARTS}
-    return {**fixed, **learned}
+    """Fixed α, and α learned from several starts: at the encoders' rate, and faster with a tighter bound."""
+    configurations = {f"fixed {alpha:g}": ((fps(scale=alpha),), "cosine") for alpha in FIXED_SCALES}
+    for start in SCALE_STARTS:
+        configurations[f"learned from {start:.3g}"] = ((fps(scale=start, learn_scale=True),), "cosine")
+    for start in SCALE_STARTS:
+        stage = replace(fps(scale=start, learn_scale=True, max_scale=30.0), scale_learning_rate=10 * LEARNING_RATE)
+        configurations[f"learned from {start:.3g}, ten times as fast, at most 30"] = ((stage,), "cosine")
+    return configurations
 
 
 def batch_size() -> dict[str, Configuration]:

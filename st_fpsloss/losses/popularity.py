@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -14,6 +14,7 @@ from st_fpsloss.distributed import gather_counts
 from st_fpsloss.frequencies import Frequencies, FrequencyTable
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.checks import check_choice
+from st_fpsloss.rows import Features
 
 
 class PopularityCorrectedLoss(ClickLoss):
@@ -33,12 +34,19 @@ class PopularityCorrectedLoss(ClickLoss):
         if log_q == "corrected" and duplicates == "keep":
             raise ValueError("`log_q='corrected'` needs `duplicates='mask'`. With 'keep', use `log_q='standard'`.")
         self.log_q = log_q
-        _check_frequencies(frequencies or {})
-        self.frequencies: dict[str, Frequencies] = {
-            "query": FrequencyTable(),
-            "document": FrequencyTable(),
-            **(frequencies or {}),
-        }
+        given = _checked_frequencies(frequencies, log_q)
+        self.frequencies: dict[str, Frequencies] = {"query": FrequencyTable(), "document": FrequencyTable(), **given}
+        self._last_features: Any = None
+        self._counts = True
+
+    def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch, which is counted once, also where MatryoshkaLoss asks for it at each of its dimensions.
+
+        Arguments, result and errors are those of :meth:`ClickLoss.forward`.
+        """
+        self._counts = sentence_features is not self._last_features
+        self._last_features = sentence_features
+        return super().forward(sentence_features, labels)
 
     def count_and_look_up(
         self,
@@ -60,7 +68,7 @@ class PopularityCorrectedLoss(ClickLoss):
         """
         table = self.frequencies[side]
         # The trainer evaluates without gradients, but leaves the loss in training mode.
-        if self.training and torch.is_grad_enabled() and not table.frozen:
+        if self.training and torch.is_grad_enabled() and self._counts and not table.frozen:
             seen = index[drawn]
             counts = torch.bincount(seen[seen >= 0], minlength=len(keys))
             counted = keys[counts > 0], counts[counts > 0]
@@ -106,7 +114,14 @@ class PopularityCorrectedLoss(ClickLoss):
 """  # noqa: E501
 
 
-def _check_frequencies(frequencies: Mapping[str, Frequencies]) -> None:
+def _checked_frequencies(frequencies: Any, log_q: LogQ | None) -> dict[str, Frequencies]:
+    if frequencies is None:
+        return {}
+    if not isinstance(frequencies, Mapping):
+        raise ValueError(
+            f"`frequencies` goes by side, got a {type(frequencies).__name__}: pass frequencies={{'document': table}}, "
+            "and 'query' for the direction 'doc_to_query'."
+        )
     if unknown := set(frequencies) - {"query", "document"}:
         raise ValueError(f"`frequencies` goes by 'query' and 'document', got {sorted(unknown)}.")
     for side, table in frequencies.items():
@@ -114,3 +129,8 @@ def _check_frequencies(frequencies: Mapping[str, Frequencies]) -> None:
             raise ValueError(
                 f"`frequencies[{side!r}]` must be a FrequencyTable or a FrequencySketch, got {type(table).__name__}."
             )
+    if log_q is None:
+        raise ValueError("`frequencies` has a use with `log_q` alone: pass log_q='corrected' or 'standard' too.")
+    if len(frequencies) == 2 and frequencies["query"] is frequencies["document"]:
+        raise ValueError("`frequencies` has one table for both sides, which would count both: pass one for each.")
+    return dict(frequencies)

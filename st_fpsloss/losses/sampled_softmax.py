@@ -214,15 +214,30 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
         negative = negative + cells.count.log()
         if self.log_q is not None and batch.document_log_q is not None and cells.column is not None:
             log_q = batch.document_log_q.to(negative.dtype)
-            negative = negative - log_q[cells.column[0], cells.column[1]]
             if self.log_q == "standard":
                 positive = positive - log_q[0, positives.row]
-            else:
-                num_negatives = torch.bincount(cells.positive, minlength=len(positive)).to(negative.dtype)
-                offset = batch.log_unmasked_q()[positives.query] - num_negatives.log()
-                negative = negative + offset[cells.positive]
+            negative = negative + self._log_weights(log_q, batch.log_unmasked_q()[positives.query], cells)
         asking, row = torch.unique(cells.positive, return_inverse=True)
         return (positives.weight[asking] * sampled_softmax(positive[asking], negative, row)).sum()
+
+    def _log_weights(self, log_q: Tensor, log_unmasked_q: Tensor, cells: NegativeCells) -> Tensor:
+        """What ``log_q`` adds to each explicit negative (K,).
+
+        A document that was shown and not clicked (it stands in column 0) was not drawn, so it is not corrected for
+        that: it counts as one document does in the sum that the drawn ones estimate.
+
+        Args:
+            log_q: (columns - 1, M).
+            log_unmasked_q: (P,) log share of Q that the negatives of each positive come from.
+            cells: the negatives.
+        """
+        assert cells.column is not None
+        is_drawn = cells.column[0] > 0
+        drawn = torch.bincount(cells.positive[is_drawn], minlength=len(log_unmasked_q)).clamp_min(1).to(log_q.dtype)
+        of_drawn = -log_q[cells.column[0], cells.column[1]]
+        if self.log_q == "standard":
+            return torch.where(is_drawn, of_drawn, drawn.log()[cells.positive])
+        return torch.where(is_drawn, of_drawn + (log_unmasked_q - drawn.log())[cells.positive], 0.0)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""

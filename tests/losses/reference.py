@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -142,13 +144,16 @@ def sampled_softmax(
         positive, negative = R[0, i], _at(R, places)
         if hardest is not None:
             negative = negative.sort(descending=True).values[:hardest]
-        if log_q is not None:
-            negative = negative - _at(document_log_q, places)
+        # In-batch columns are all drawn; beside explicit ones, those of column 0 were shown, and count as one document.
+        is_drawn = torch.tensor([column > 0 or not explicit for column, _ in places], dtype=torch.bool)
+        num_drawn = max(1, int(is_drawn.sum()))
         if log_q == "standard":
             positive = positive - document_log_q[0, i]
+            negative = negative + torch.where(is_drawn, -_at(document_log_q, places), math.log(num_drawn))
         elif log_q == "corrected" and places:
             masked_q = sum(document_log_q[place_of[d]].exp() for d in positives[int(query[i])])
-            negative = negative + torch.log((1 - masked_q) / len(places))
+            drawn = torch.log((1 - masked_q) / num_drawn) - _at(document_log_q, places)
+            negative = negative + torch.where(is_drawn, drawn, torch.zeros_like(drawn))
         loss = torch.logsumexp(torch.cat([positive[None], negative]), 0) - positive
         weight = float(r[i]) if relevance == "weight" else 1.0
         total, weight_sum = total + weight * loss, weight_sum + weight

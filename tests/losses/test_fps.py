@@ -6,13 +6,16 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_fpsloss import FPSLoss
+from st_fpsloss.frequencies import FrequencyTable
 from tests.losses import reference
 from tests.losses.agreement import random_batch
 from tests.losses.conftest import clicks, gradients, small_model
 
 MODEL = small_model()
+TABLE = FrequencyTable()
 
 
 def ours(loss: FPSLoss, dtype: torch.dtype, U, W, query, document, r, query_log_q, document_log_q):
@@ -111,6 +114,25 @@ def test_a_row_that_is_no_positive_still_is_a_negative_of_the_others():
     torch.testing.assert_close(value, F.cross_entropy((U @ W.T)[[0, 2]], torch.tensor([0, 2])))
 
 
+@pytest.mark.parametrize("cache_gradients", [False, True])
+def test_a_batch_is_counted_once_however_many_dimensions_matryoshka_has(cache_gradients):
+    model = small_model()
+    loss = FPSLoss(model, log_q="standard", cache_gradients=cache_gradients)
+    features, _ = clicks(model, 5)
+    of_all_dimensions = MatryoshkaLoss(model, loss, [4, 2])
+    for step in (1, 2):
+        of_all_dimensions(features(), None)
+        assert loss.frequencies["document"].total == 5 * step
+
+
+def test_before_anything_is_counted_log_q_is_uniform():
+    model = small_model()
+    features, _ = clicks(model, 5)
+    with torch.no_grad():
+        plain, corrected = (FPSLoss(model, log_q=log_q, scale=1.0)(features()) for log_q in (None, "corrected"))
+    torch.testing.assert_close(corrected, plain, rtol=0.1, atol=0)
+
+
 def test_known_positives_of_the_whole_log_are_no_negatives():
     model = small_model(similarity="cosine")
     queries, documents = ["quick fox", "lazy dog"], ["seven wizards", "potent elixirs"]
@@ -203,6 +225,14 @@ def wrong_batch(columns=None, labels=None):
         (lambda: FPSLoss(MODEL, log_q="corrected", duplicates="keep"), "use `log_q='standard'`"),
         (lambda: FPSLoss(MODEL, known_positives={"a": ["b"]}, duplicates="keep"), "`known_positives` needs"),
         (lambda: FPSLoss(MODEL, known_positives={}), "`known_positives` is empty"),
+        (lambda: FPSLoss(MODEL, known_positives={"a": "b"}), r"`known_positives\['a'\]` must be the documents"),
+        (lambda: FPSLoss(MODEL, known_positives=["ab"]), "must hold pairs"),
+        (lambda: FPSLoss(MODEL, log_q="standard", frequencies=FrequencyTable()), "goes by side, got a FrequencyTable"),
+        (lambda: FPSLoss(MODEL, frequencies={"document": FrequencyTable()}), "has a use with `log_q` alone"),
+        (
+            lambda: FPSLoss(MODEL, log_q="standard", frequencies=dict.fromkeys(["query", "document"], TABLE)),
+            "one table for both sides",
+        ),
         (lambda: FPSLoss(MODEL, similarity="manhattan"), "'dot' or 'cosine', got 'manhattan'"),
         (lambda: FPSLoss(MODEL, scale=0.0), "`scale` must be above 0"),
         (lambda: FPSLoss(MODEL, scale=200.0), "`max_scale` = 100.0"),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss
+from st_fpsloss.frequencies import FrequencyTable
 from tests.losses import reference
 from tests.losses.agreement import assert_agrees, random_batch
 from tests.losses.conftest import clicks, gradients, small_model
@@ -128,6 +129,30 @@ def test_log_q_is_counted_from_the_negative_columns_where_these_are_explicit():
         embeddings, query_ids=ids[0], document_ids=ids[1:], document_log_q=log_q
     )
     torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize("log_q", ["standard", "corrected"])
+def test_what_was_shown_and_not_clicked_is_not_corrected_for_a_drawing(log_q):
+    model = small_model()
+    shown = "a text that no sampler draws"
+    rows = [("quick fox", "seven wizards", "brew", 1.0), ("quick fox", shown, "brew", 0.0)]
+    features = [
+        model.preprocess([row[place] for row in rows], task="document" if place else "query") for place in range(3)
+    ]
+    never = FrequencyTable.from_inputs(model, ["brew", "seven wizards"], task="document", prior=0.0, frozen=True)
+    loss = SampledSoftmaxLoss(model, log_q=log_q, scale=1.0, frequencies={"document": never})
+    assert loss(features, torch.tensor([row[3] for row in rows])) < 5  # a correction by its Q of 0 gave 87
+
+
+def test_labels_alone_are_learned_from_under_log_q():
+    model = small_model()
+    texts = [["quick fox"] * 2, ["seven wizards", "brew"]]
+    features = [model.preprocess(column, task=task) for column, task in zip(texts, ("query", "document"), strict=True)]
+    plain, corrected = (
+        SampledSoftmaxLoss(model, negatives="explicit", log_q=log_q, scale=1.0)(features, torch.tensor([1.0, 0.0]))
+        for log_q in (None, "corrected")
+    )
+    torch.testing.assert_close(corrected, plain)
 
 
 TEXTS = [["quick fox", "lazy dog", "quick fox"], ["seven wizards", "potent elixirs", "moonlit towers"]]
