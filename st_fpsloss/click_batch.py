@@ -94,7 +94,13 @@ class ClickBatch:
         if log_q == "standard" and column_log_q is not None:
             positive_offset = -column_log_q[0, rows]
         elif log_q == "corrected" and masked is not None:
-            negative_offset = frequencies.correction(masked, len(anchors))
+            # Known positives are masked wherever they are drawn, and the batch holds few of them: what share of Q all
+            # of them have, it cannot tell.
+            negative_offset = (
+                frequencies.correction(masked, len(anchors))
+                if self.known_positives is None
+                else frequencies.correction_by_columns(len(anchors))
+            )
         return anchors, SoftmaxTargets(
             anchor=anchor,
             candidate=answering[rows],
@@ -142,6 +148,14 @@ class _ColumnFrequencies:
         n = self.count_of.sum() - taken
         # n = 0 leaves no negative to correct.
         return self.log_unmasked_q(masked, num_anchors) - torch.log(n.clamp_min(1))
+
+    def correction_by_columns(self, num_anchors: int) -> Tensor:
+        """The same with n / N for 1 - ΣQ, N the number of columns beside the positive's own: ``log(1 / N)``.
+
+        Right on average, whatever is masked, where ΣQ over the batch's masked documents leaves out those that no column
+        holds; but it varies more from batch to batch.
+        """
+        return (self.count_of.sum() - 1).clamp_min(1).log().neg().expand(num_anchors)
 
     def log_unmasked_q(self, masked: Tensor, num_anchors: int) -> Tensor:
         """``log(1 - ΣQ of the masked)`` of each anchor."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from st_fpsloss import FPSLoss
+from st_fpsloss.click_batch import ClickBatch
+from st_fpsloss.objectives import full_product_softmax
 from tests.losses.conftest import small_model
 
 MODEL = small_model()
@@ -122,3 +124,27 @@ def test_with_several_answers_mask_estimates_the_softmax_without_the_other_posit
     medium, large = (error_of_the_mean_gradient(loss, log, *of) for of in ((512, 60), (4096, 150)))
     assert 0.02 < medium < 0.2
     assert large < 0.02
+
+
+def test_known_positives_that_a_batch_lacks_are_no_negatives_of_the_corrected_sum() -> None:
+    num_documents, num_known, size = 2000, 600, 64
+    generator = torch.Generator().manual_seed(0)
+    sums = []
+    for _ in range(300):
+        document = torch.randint(num_documents, (1, size), generator=generator)
+        document[0, 0] = 0  # the positive of query 0, which wants documents 0 to 599
+        present, column = torch.unique(document, return_inverse=True)
+        known = (present < num_known).nonzero().flatten()
+        batch = ClickBatch(
+            query=torch.arange(size),
+            document=column,
+            relevance=torch.tensor([1.0] + [0.0] * (size - 1)),
+            query_keys=torch.arange(size),
+            document_keys=present,
+            document_log_q=torch.full((1, size), -math.log(num_documents)),
+            known_positives=torch.stack([torch.zeros_like(known), known]),
+        )
+        _, targets = batch.softmax_targets("query_to_doc", "mask", "mask", "corrected")
+        loss = full_product_softmax(torch.zeros(1, 2), torch.zeros(len(present), 2), torch.tensor(1.0), targets)
+        sums.append(loss.exp() - 1)  # all scores are 0: of the positive 1, so this is the sum over the negatives
+    assert torch.stack(sums).mean().item() == pytest.approx(num_documents - num_known, rel=0.02)
