@@ -24,7 +24,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from st_fpsloss.diagnostics import LossDiagnostics, figures_of, setting_warnings, summary, training_warnings
+from st_fpsloss.diagnostics import (
+    LossDiagnostics,
+    check_setting,
+    figures_of,
+    prompt_warnings,
+    setting_warnings,
+    summary,
+    training_warnings,
+)
 from st_fpsloss.distributed import world_size
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.negatives import redraw
@@ -62,8 +70,9 @@ class LossStateCallback(TrainerCallback, ExportableState):
             reach; None does not clip.
 
     Raises:
-        ValueError: If ``loss`` is no loss of this package, or the run uses FSDP or DeepSpeed, or a checkpoint's state
-            belongs to another loss.
+        ValueError: If ``loss`` is no loss of this package, not the trainer's or made for another model than the
+            trainer's; if there is a second callback of this kind, or known positives meet prompts; or the run uses FSDP
+            or DeepSpeed, or a checkpoint's state belongs to another loss.
 
     Example::
 
@@ -90,7 +99,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
             raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm!r}.")
         self._max_grad_norm = max_grad_norm
         self._last_gradient: dict[str, float] = {}
-        self._diagnostics = {name: LossDiagnostics() for name in self._losses}
+        self._forget_figures()
         self._folder: Path | None = None  # where a checkpoint of this step is saved
 
     def state(self) -> dict[str, Any]:
@@ -130,11 +139,15 @@ class LossStateCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Restore what the checkpoint holds that the run resumes from; warn of settings that cannot work."""
-        self._diagnostics = {name: LossDiagnostics() for name in self._losses}
+        """Restore what the checkpoint holds that the run resumes from; refuse and warn of settings that cannot work."""
+        self._forget_figures()
+        self._check_alone(state)
+        for loss in self._losses.values():
+            check_setting(loss, model, args)
         if state.is_world_process_zero and isinstance(model, SentenceTransformer):
             for name, loss in self._losses.items():
                 _warn(name, setting_warnings(loss, model))
+            _warn("", prompt_warnings(args))
         if state.global_step == 0:
             return
         stored = state.stateful_callbacks.get(type(self).__name__)
@@ -175,7 +188,14 @@ class LossStateCallback(TrainerCallback, ExportableState):
             loss.clamp_()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark a checkpoint that is about to be written over as incomplete."""
+        """Look at the batches of early steps; mark a checkpoint that is about to be written over as incomplete."""
+        self._check_batch_seen()
+        if state.global_step & (state.global_step - 1) == 0:
+            for name, loss in self._losses.items():
+                self._early[name].add(figures_of(loss))
+        self._mark_checkpoint(args, state, control)
+
+    def _mark_checkpoint(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         self._folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if control.should_save and args.should_save:
             # Left by an earlier run, it would vouch for a mixture of both runs' files if this one is killed.
@@ -185,7 +205,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mark a checkpoint that is about to be written over as incomplete."""
-        self.on_step_end(args, state, control)
+        self._mark_checkpoint(args, state, control)
 
     def on_log(
         self,
@@ -218,7 +238,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
         """Sum up, with warnings; after ``load_best_model_at_end``, give the loss the α of that step too."""
         if state.is_world_process_zero:
             for name, loss in self._losses.items():
-                means = self._diagnostics[name].means()
+                means = self._diagnostics[name].means() or self._early[name].means()
                 logger.info("%s%s", f"{name}: " if name else "", summary(loss, means))
                 _warn(name, training_warnings(loss, means))
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
@@ -227,6 +247,35 @@ class LossStateCallback(TrainerCallback, ExportableState):
         stored = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"].get(type(self).__name__)
         if stored is not None:
             self._restore(stored)
+
+    def _forget_figures(self) -> None:
+        self._diagnostics = {name: LossDiagnostics() for name in self._losses}
+        # Of the steps 1, 2, 4, 8, ...: for a run that ends before it logs.
+        self._early = {name: LossDiagnostics() for name in self._losses}
+        self._batch_seen = False
+        for loss in self._losses.values():
+            loss.last_batch = None
+
+    def _check_alone(self, state: TrainerState) -> None:
+        """Refuse a second callback: transformers stores both states as a list, which nothing can be restored from."""
+        if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
+            raise ValueError(
+                "`callbacks` has more than one LossStateCallback, or the checkpoint is of a run that had: such states "
+                "cannot be restored. Pass one LossStateCallback with the dictionary of losses, "
+                'LossStateCallback({"clicks": loss, "sales": other_loss}), the one that the trainer gets.'
+            )
+
+    def _check_batch_seen(self) -> None:
+        """Refuse, after the first step, a loss that is not the trainer's."""
+        if self._batch_seen:
+            return
+        self._batch_seen = True
+        if all(loss.training and loss.last_batch is None for loss in self._losses.values()):
+            raise ValueError(
+                "The `loss` of LossStateCallback has seen no batch of the first step: it is another object than the "
+                "trainer's loss, so that α would be neither saved nor logged. Make the loss once, and pass the same "
+                "object to both: SentenceTransformerTrainer(..., loss=loss, callbacks=[LossStateCallback(loss)])."
+            )
 
     def _restore(self, stored: dict[str, Any]) -> None:
         states = stored["attributes"]["losses"]

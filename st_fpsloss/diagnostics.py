@@ -1,24 +1,32 @@
 """What goes wrong silently in training: figures of a loss while it trains, and sentences where something is off.
 
-Figures are taken of one batch at each logging step, from the embeddings that the loss has just seen, on a few of its
-rows: training itself does no further work. :class:`st_fpsloss.LossStateCallback` logs them and says the sentences.
+Figures are taken of one batch at each logging step and at a few early ones, from the embeddings that the loss has just
+seen, on a few of its rows: training itself does no further work. :class:`st_fpsloss.LossStateCallback` logs them and
+says the sentences.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Normalize
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import TrainingArguments
 
-from st_fpsloss.click_batch import ClickBatch, Direction, renumbered
+from st_fpsloss.click_batch import ClickBatch, Direction, Duplicates, renumbered
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.fps import FPSLoss
+from st_fpsloss.losses.pairwise import PairwiseLoss
+from st_fpsloss.losses.sampled_softmax import SampledSoftmaxLoss
+from st_fpsloss.negative_cells import Positives, explicit_cells
 
 _SAMPLED_ROWS = 64
 
@@ -26,6 +34,7 @@ _SAMPLED_ROWS = 64
 _LOW_COSINE_SCALE = 2.0
 _OFTEN_AT_BOUND = 0.1
 _MANY_MASKED = 0.5
+_OFTEN_IDLE = 0.5
 _FEW_NEGATIVES, _OF_MANY = 2.0, 20
 
 
@@ -34,6 +43,8 @@ class LossDiagnostics:
     """Running means of the figures of a loss over the batches that were looked at.
 
     - ``alpha_at_bound``: share of these batches after which α stood at ``max_scale``.
+    - ``without_positives``, ``without_negatives``: share of these batches that had no row with r > 0, or such rows but
+      no negative for any of them. The loss then is constant. Not with SigmoidLoss, which learns from each by itself.
     - ``masked_share``: share of a row's columns, its own aside, that are no negatives of it.
     - ``repeated_rows``: share of the rows of all columns that repeat another one, and so were not encoded.
     - ``distinct_negatives``: different negatives of a row; ``effective_negatives``: how many equal ones would have the
@@ -66,6 +77,10 @@ def figures_of(loss: ClickLoss) -> dict[str, float]:
         "alpha_at_bound": float(loss.alpha >= loss.max_scale * (1 - 1e-6)),
         "repeated_rows": _repeated_rows(batch),
     }
+    if isinstance(loss, (FPSLoss, SampledSoftmaxLoss, PairwiseLoss)):
+        asks = bool((batch.relevance > 0).any())
+        figures["without_positives"] = float(not asks)
+        figures["without_negatives"] = float(asks and not _has_negatives(loss, batch))
     if loss.duplicates == "mask":
         figures["masked_share"] = _masked_share(batch)
     if isinstance(loss, FPSLoss):
@@ -78,6 +93,48 @@ def figures_of(loss: ClickLoss) -> dict[str, float]:
     return figures
 
 
+def check_setting(loss: ClickLoss, model: nn.Module | None, args: TrainingArguments) -> None:
+    """Refuse what would train nothing, or mask nothing, and look healthy.
+
+    Args:
+        loss: the loss.
+        model: the trainer's model, None where it is not known.
+        args: the training arguments.
+
+    Raises:
+        ValueError: If the loss was made for another model, or has known positives while the arguments have prompts.
+    """
+    if model is not None and _unwrapped(loss.model) is not _unwrapped(model):
+        raise ValueError(
+            f"The `loss` ({type(loss).__name__}) was made for another model object than the trainer's: the optimizer "
+            "would move the parameters of the one, and the gradients reach the other. Make the loss anew from the "
+            f"trainer's model, loss = {type(loss).__name__}(model, ...); in a notebook, run the cell of the loss, and "
+            "those after it, whenever that of the model was run."
+        )
+    prompts = getattr(args, "prompts", None)
+    if loss.known_positives is not None and _has_text(prompts):
+        raise ValueError(
+            f"`known_positives` are known by their inputs without prompts, and the training arguments have prompts="
+            f"{prompts!r}: none would be recognised, and none masked. Leave out one of the two, or put the prompts "
+            "into the texts themselves, those of the data set and those of `known_positives`."
+        )
+
+
+def prompt_warnings(args: TrainingArguments) -> list[str]:
+    """A sentence for each tower whose columns are trained with different prompts."""
+    found = []
+    for routes, prompts in _routes_and_prompts(getattr(args, "router_mapping", None), getattr(args, "prompts", None)):
+        for tower in dict.fromkeys(routes.values()):
+            given = {column: prompts.get(column) or "" for column, route in routes.items() if route == tower}
+            if len(set(given.values())) > 1:
+                found.append(
+                    f"The columns of the tower {tower!r} have different prompts, {given}: `prompts` in the training "
+                    "arguments go by the name of the column. Give all columns of the tower, negatives among them, the "
+                    "prompt that the model puts there by itself when it encodes."
+                )
+    return found
+
+
 def setting_warnings(loss: ClickLoss, model: SentenceTransformer) -> list[str]:
     """What is wrong with the settings of a loss, known before training; a sentence each, with its cure."""
     found = []
@@ -86,7 +143,9 @@ def setting_warnings(loss: ClickLoss, model: SentenceTransformer) -> list[str]:
             f"bias={loss.beta:g} has no effect: β cancels in a softmax, its gradient is 0. Leave `bias` off, or train "
             "with SigmoidLoss, where β counts."
         )
-    if loss.similarity == "cosine" and loss.alpha < _LOW_COSINE_SCALE and not loss.logit_scale.requires_grad:
+    is_softmax = isinstance(loss, (FPSLoss, SampledSoftmaxLoss))
+    is_low = loss.alpha < _LOW_COSINE_SCALE and not loss.logit_scale.requires_grad
+    if is_softmax and loss.similarity == "cosine" and is_low:
         found.append(
             f"α = {loss.alpha:g} is fixed and the similarity is a cosine: in a softmax over 64 documents no click can "
             f"get a probability above {1 / (1 + 63 * math.exp(-2 * loss.alpha)):.2f}. Leave `scale` off (it "
@@ -108,23 +167,43 @@ def training_warnings(loss: ClickLoss, means: dict[str, float]) -> list[str]:
     at_bound = means.get("alpha_at_bound", 0.0)
     if loss.logit_scale.requires_grad and at_bound >= _OFTEN_AT_BOUND:
         found.append(
-            f"α stood at its bound max_scale={loss.max_scale:g} at {at_bound:.0%} of the logged steps. It minimises "
+            f"α stood at its bound max_scale={loss.max_scale:g} at {at_bound:.0%} of the steps looked at. It minimises "
             "the training loss, not the ranking: compare with fixed ones on validation (scale=5, learn_scale=False), "
             'give it a lower rate (learning_rate_mapping={"logit_scale": 1e-4}), or raise `max_scale` if it helps.'
         )
-    masked = means.get("masked_share", 0.0)
-    if masked >= _MANY_MASKED:
-        found.append(
-            f"{masked:.0%} of the columns are masked as positives of their row's query, and teach it nothing. Shuffle "
-            "the log (sorted by query, a batch has few of them), check that different queries are not the same input, "
-            "and that `known_positives` has clicks alone."
-        )
+    found += _empty_batch_warnings(means)
     distinct, effective = means.get("distinct_negatives", 0.0), means.get("effective_negatives", 0.0)
     if distinct >= _OF_MANY and effective < _FEW_NEGATIVES:
         found.append(
             f"A row learns from {effective:.1f} negatives of its {distinct:.0f}: the softmax looks at nothing but the "
             f"most similar one, which may be a positive that nobody clicked. Lower α (it is {loss.alpha:.3g}) by "
             "`scale`, `max_scale` or its learning rate."
+        )
+    return found
+
+
+def _empty_batch_warnings(means: dict[str, float]) -> list[str]:
+    """What batches lack that a loss could learn from."""
+    found = []
+    without_positives = means.get("without_positives", 0.0)
+    if without_positives >= _OFTEN_IDLE:
+        found.append(
+            f"{without_positives:.0%} of the batches have no row with a label above 0: their loss is 0 and teaches "
+            "nothing. A click has a label above 0, a document that was shown and not clicked one of 0 or below: check "
+            "the labels, remove the column if every row is a click, and shuffle the log."
+        )
+    masked, without_negatives = means.get("masked_share", 0.0), means.get("without_negatives", 0.0)
+    if masked >= _MANY_MASKED:
+        found.append(
+            f"{masked:.0%} of the columns are masked as positives of their row's query, and teach it nothing. Shuffle "
+            "the log (sorted by query or by document, a batch has few of them), check that different queries (or "
+            "documents) are not the same input, and that `known_positives` has clicks alone."
+        )
+    elif without_negatives >= _OFTEN_IDLE:
+        found.append(
+            f"{without_negatives:.0%} of the batches have no negative for any row: their loss is constant and teaches "
+            "nothing. Raise per_device_train_batch_size, shuffle the log so that a batch has more than one document, "
+            "or add columns of negatives (with_negatives)."
         )
     return found
 
@@ -156,6 +235,29 @@ def _masked_share(batch: ClickBatch) -> float:
     rows = batch.query[batch.relevance > 0]
     num_others = float(count.sum()) - 1
     return float((taken[rows] - 1).mean()) / num_others if len(rows) and num_others else 0.0
+
+
+def _has_negatives(loss: FPSLoss | SampledSoftmaxLoss | PairwiseLoss, batch: ClickBatch) -> bool:
+    """Whether any row with r > 0 has a negative, in a batch that has such rows."""
+    if isinstance(loss, FPSLoss):
+        return any(_has_other_answers(batch, direction, loss.duplicates) for direction in loss.directions)
+    if isinstance(loss, SampledSoftmaxLoss) and loss.catalogue is not None:
+        return len(batch.document_keys) > 1
+    if loss.choice.is_explicit(len(batch.document)):
+        return bool(explicit_cells(batch, Positives.of(batch, loss.relevance), loss.duplicates).count.sum() > 0)
+    return _has_other_answers(batch, "query_to_doc", loss.duplicates)
+
+
+def _has_other_answers(batch: ClickBatch, direction: Direction, duplicates: Duplicates) -> bool:
+    """Whether any row that asks has an in-batch negative."""
+    asking, answering, cells = batch.query, batch.document, batch.positive_cells()
+    if direction == "doc_to_query":
+        asking, answering, cells = batch.document[0], batch.query, cells.flip(0)
+    num_answers = len(torch.unique(answering[answering >= 0]))
+    if duplicates == "keep":
+        return num_answers > 1
+    taken = torch.bincount(cells[0])[asking[batch.relevance > 0]]
+    return bool((taken < num_answers).any())
 
 
 def _negatives(loss: FPSLoss, asking: Tensor, answering: Tensor, batch: ClickBatch) -> dict[str, float]:
@@ -208,3 +310,36 @@ def _ends_normalised(model: SentenceTransformer) -> bool:
     last = list(model)[-1]
     tails = [list(modules)[-1] for modules in last.sub_modules.values()] if isinstance(last, Router) else [last]
     return all(isinstance(tail, Normalize) for tail in tails)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model that DistributedDataParallel or torch.compile was given."""
+    while True:
+        if isinstance(model, (DistributedDataParallel, DataParallel)):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _has_text(prompts: Any) -> bool:
+    """Whether prompts, in whatever form, put anything before any input."""
+    return any(map(_has_text, prompts.values())) if isinstance(prompts, Mapping) else bool(prompts)
+
+
+def _routes_and_prompts(router_mapping: Any, prompts: Any) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+    """Tower and prompt of the columns of each data set, where the prompts go by column."""
+    if not isinstance(router_mapping, Mapping) or not isinstance(prompts, Mapping):
+        return
+    # Either may be one for all data sets, or one for each by its name.
+    by_data_set = [setting for setting in (router_mapping, prompts) if _is_nested(setting)]
+    for name in by_data_set[0] if by_data_set else [None]:
+        routes = router_mapping[name] if _is_nested(router_mapping) else router_mapping
+        own = prompts.get(name, {} if _is_nested(prompts) else prompts)
+        if isinstance(routes, Mapping) and isinstance(own, Mapping):
+            yield dict(routes), dict(own)
+
+
+def _is_nested(setting: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Mapping) for value in setting.values())

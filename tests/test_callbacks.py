@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
 from st_fpsloss import FPSLoss, LossStateCallback, last_complete_checkpoint
+from st_fpsloss.diagnostics import check_setting
 from tests.losses.conftest import small_model
 from tests.training import click_log, trainer, weights
 
@@ -146,6 +147,65 @@ def test_a_dictionary_of_losses_is_saved_by_name(tmp_path):
     stored = state["stateful_callbacks"]["LossStateCallback"]["attributes"]["losses"]
     assert set(stored) == {"clicks", "sales"}
     assert "loss/sales/alpha" in training.state.log_history[0]
+
+
+@pytest.mark.parametrize("form", ["bare", "matryoshka", "dictionary"])
+def test_a_loss_of_another_model_is_refused(tmp_path, form):
+    model, earlier = small_model(), small_model()
+
+    def training_of(loss_model):
+        loss, options = FPSLoss(loss_model, cache_gradients=form == "matryoshka"), {}
+        if form == "matryoshka":
+            loss = MatryoshkaLoss(loss_model, loss, matryoshka_dims=[4])
+        if form == "dictionary":
+            loss, options["dataset"] = {"clicks": loss}, {"clicks": click_log()}
+            options["router_mapping"] = {"clicks": {"query": "query", "document": "document"}}
+        return trainer(tmp_path, model=model, loss=loss, max_steps=2, **options)
+
+    with pytest.raises(ValueError, match="made for another model object than the trainer's"):
+        training_of(earlier).train()
+    before = weights(model)
+    training_of(model).train()
+    assert not torch.equal(before, weights(model))
+
+
+def test_wrappers_do_not_make_a_model_another_one(tmp_path):
+    model = small_model()
+    loss = FPSLoss(model)
+    args = trainer(tmp_path, model=model, loss=loss).args
+    loss.model = torch.nn.DataParallel(torch.compile(model))
+    check_setting(loss, model, args)
+    check_setting(loss, torch.compile(model), args)
+
+
+def test_two_callbacks_are_refused(tmp_path):
+    model = small_model()
+    losses = {"clicks": FPSLoss(model), "sales": FPSLoss(model)}
+    training = trainer(
+        tmp_path, model=model, loss=losses, dataset={"clicks": click_log(), "sales": click_log(seed=5)},
+        router_mapping={name: {"query": "query", "document": "document"} for name in losses}, callback=False,
+    )  # fmt: skip
+    for name, loss in losses.items():
+        training.add_callback(LossStateCallback({name: loss}))
+    with pytest.raises(ValueError, match="Pass one LossStateCallback with the dictionary of losses"):
+        training.train()
+
+
+def test_a_callback_of_another_loss_object_is_refused(tmp_path):
+    model = small_model()
+    training = trainer(tmp_path, model=model, loss=FPSLoss(model), callback=False)
+    training.add_callback(LossStateCallback(FPSLoss(model)))
+    with pytest.raises(ValueError, match="another object than the trainer's loss"):
+        training.train()
+    assert training.state.global_step == 1
+
+
+def test_known_positives_with_prompts_are_refused(tmp_path):
+    model = small_model()
+    loss = FPSLoss(model, known_positives={"quick fox": ["lazy dog"]})
+    with pytest.raises(ValueError, match="`known_positives` are known by their inputs without prompts"):
+        trainer(tmp_path, model=model, loss=loss, prompts={"query": "over "}).train()
+    trainer(tmp_path, model=model, loss=loss, prompts=model.prompts, max_steps=1).train()  # they are empty
 
 
 def test_a_checkpoint_without_the_state_resumes_with_a_warning(tmp_path, caplog):

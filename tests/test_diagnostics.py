@@ -3,14 +3,15 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
-from st_fpsloss import FPSLoss, PairCELoss, SigmoidLoss
-from st_fpsloss.diagnostics import figures_of
+from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+from st_fpsloss.diagnostics import figures_of, prompt_warnings
 from tests.losses.conftest import sentences, small_model
 from tests.training import trainer
 
@@ -76,6 +77,90 @@ def test_the_other_similarity_is_no_matter_where_embeddings_have_length_one(capl
 def test_settings_that_cannot_work_are_warned_of_at_the_start(caplog, tmp_path, make, message):
     (warning,) = said(caplog, tmp_path, make(), learning_rate=1e-3)
     assert re.search(message, warning)
+
+
+def test_a_fixed_alpha_of_1_is_no_matter_without_a_softmax(caplog, tmp_path):
+    assert said(caplog, tmp_path, TripletLoss(small_model(similarity="cosine")), learning_rate=1e-3) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "warned"),
+    [
+        ({"query": "quick ", "document": "lazy "}, True),
+        ({"query": "quick ", "document": "lazy ", "negative": "lazy "}, False),
+        ("quick ", False),
+    ],
+)
+def test_columns_of_one_tower_with_different_prompts(caplog, tmp_path, prompts, warned):
+    clicks = different_clicks().add_column("negative", sentences(64, 20, seed=2))
+    routes = {"query": "query", "document": "document", "negative": "document"}
+    options = dict(dataset=clicks, router_mapping=routes, prompts=prompts, learning_rate=1e-3)
+    warnings = said(caplog, tmp_path, FPSLoss(small_model(similarity="cosine")), **options)
+    assert ["The columns of the tower 'document' have different prompts" in warning for warning in warnings] == (
+        [True] if warned else []
+    )
+
+
+def test_prompts_by_data_set_are_compared_within_each():
+    routes = {"query": "query", "document": "document", "negative": "document"}
+    of_all, by_name = {"query": "q ", "document": "d "}, {"clicks": {"document": "d "}, "sales": "one "}
+    for mapping, prompts, expected in (
+        ({"clicks": routes, "sales": routes}, by_name, 1),
+        ({"clicks": routes, "sales": routes}, of_all, 2),
+        (routes, by_name, 1),
+        (None, of_all, 0),
+        (routes, None, 0),
+    ):
+        assert len(prompt_warnings(SimpleNamespace(router_mapping=mapping, prompts=prompts))) == expected
+
+
+@pytest.mark.parametrize("make", [FPSLoss, PairCELoss, SampledSoftmaxLoss])
+def test_a_log_without_a_label_above_0(caplog, tmp_path, make):
+    shown = different_clicks().add_column("label", [0.0] * 64)
+    (warning,) = said(caplog, tmp_path, make(small_model(similarity="cosine")), dataset=shown)
+    assert "100% of the batches have no row with a label above 0" in warning
+
+
+@pytest.mark.parametrize("make", [FPSLoss, PairCELoss, SampledSoftmaxLoss])
+def test_batches_of_one_row(caplog, tmp_path, make):
+    loss = make(small_model(similarity="cosine"))
+    (warning,) = said(caplog, tmp_path, loss, per_device_train_batch_size=1)
+    assert "100% of the batches have no negative for any row" in warning and "per_device_train_batch_size" in warning
+
+
+def test_sigmoid_loss_learns_from_rows_without_a_label_above_0(caplog, tmp_path):
+    shown = different_clicks().add_column("label", [0.0] * 64)
+    assert said(caplog, tmp_path, SigmoidLoss(small_model(similarity="cosine")), dataset=shown) == []
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "documents", "labels", "has"),
+    [
+        (lambda model: FPSLoss(model), [[0, 0]], None, False),
+        (lambda model: FPSLoss(model, duplicates="keep"), [[0, 0]], None, False),
+        (lambda model: FPSLoss(model, directions=("doc_to_query",)), [[0, 0]], None, False),  # both are positives
+        (lambda model: FPSLoss(model, directions=("doc_to_query",)), [[0, 1]], None, True),
+        (lambda model: FPSLoss(model), [[0, 0]], [1.0, 0.0], False),
+        (lambda model: FPSLoss(model), [[0, 1]], [1.0, 0.0], True),
+        (lambda model: PairCELoss(model), [[0, 0], [0, 0]], None, False),
+        (lambda model: PairCELoss(model), [[0, 0], [1, 1]], None, True),
+        (lambda model: SampledSoftmaxLoss(model, negatives="in_batch"), [[0, 0], [0, 1]], None, True),
+    ],
+)
+def test_batches_without_negatives_are_told_from_those_with(loss_of, documents, labels, has):
+    loss = loss_of(small_model())
+    embeddings = [torch.ones(2, 4, requires_grad=True)] * (1 + len(documents))
+    labels = None if labels is None else torch.tensor(labels)
+    loss.compute_loss_from_embeddings(embeddings, labels, document_ids=torch.tensor(documents))
+    assert figures_of(loss)["without_negatives"] == (not has)
+
+
+def test_a_run_that_ends_before_it_logs_is_judged_by_its_early_steps(caplog, tmp_path):
+    loss = FPSLoss(small_model(similarity="cosine"))
+    one_query = Dataset.from_dict({"query": ["quick fox"] * 64, "document": sentences(64, 20, seed=1)})
+    (warning,) = said(caplog, tmp_path, loss, dataset=one_query, learning_rate=1e-3, logging_steps=500)
+    assert "100% of the columns are masked" in warning
+    assert any("of columns masked" in record.getMessage() for record in caplog.records)
 
 
 def test_alpha_at_its_bound(caplog, tmp_path):
@@ -192,7 +277,8 @@ def test_there_is_nothing_to_say_of_evaluation_and_of_batches_without_negatives(
     for labels in (None, torch.zeros(1)):
         loss.compute_loss_from_embeddings([torch.ones(1, 4), torch.ones(1, 4)], labels=labels)
         figures = figures_of(loss)
-        assert figures == {"alpha_at_bound": 0.0, "repeated_rows": 0.0, "masked_share": 0.0}
+        missing = {"without_positives": float(labels is not None), "without_negatives": float(labels is None)}
+        assert figures == {"alpha_at_bound": 0.0, "repeated_rows": 0.0, "masked_share": 0.0, **missing}
 
 
 def test_logging_does_not_change_the_training(tmp_path):
