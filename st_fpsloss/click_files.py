@@ -1,10 +1,10 @@
 """Click logs in files: CSV, TSV, Parquet and JSONL, read piece by piece as texts and dicts.
 
-Quotes in CSV and TSV: a value that begins with ``"`` is a quoted one, as in RFC 4180, if all such values of the file are
-well-formed: it ends with ``"`` before a delimiter or a line's end, holds ``""`` for ``"``, and may hold delimiters and
-line breaks. If one is not, quotes are plain characters in the whole of a TSV file, as in the logs of searches, and a
-CSV file is refused. Refused is too what can be read both ways: a well-formed value holds a line break and a delimiter,
-and every line of the file is a whole row if quotes are plain characters.
+Quotes in CSV and TSV: a value that begins with ``"`` is a quoted one, as in RFC 4180, if all such values of the file
+are well-formed: it ends with ``"`` before a delimiter or a line's end, holds ``""`` for ``"``, and may hold delimiters
+and line breaks. If one is not, quotes are plain characters in the whole of a TSV file, as in the logs of searches, and
+a CSV file is refused. Refused is too what can be read both ways: a well-formed value holds a line break and a
+delimiter, and every line of the file is a whole row if quotes are plain characters.
 """
 
 from __future__ import annotations
@@ -72,14 +72,29 @@ def checked_paths(source: Any) -> list[Path]:
 
 def column_names(path: Path) -> list[str]:
     """The columns of a file; of JSONL the keys of the first row, since a row without one of the columns is an error."""
+    return [name for name, _ in _columns(path)]
+
+
+def number_columns(path: Path) -> list[str]:
+    """The columns of a file that hold numbers or booleans; of CSV and JSONL as its start says."""
+    return [name for name, has_numbers in _columns(path) if has_numbers]
+
+
+def holds_numbers(kind: pa.DataType) -> bool:
+    """Whether values of this type are numbers or booleans."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _columns(path: Path) -> list[tuple[str, bool]]:
+    """Name of each column, and whether it holds numbers."""
     try:
         if path.suffix.lower() == ".parquet":
-            return list(pa.parquet.read_schema(path).names)
+            return _of_schema(pa.parquet.read_schema(path))
         if path.suffix.lower() == ".jsonl":
             first = next((row for _, row in _json_rows(path)), None)
             if first is None:
                 raise empty_log(path.name)
-            return list(first)
+            return [(name, isinstance(value, int | float)) for name, value in first.items()]
         with path.open("rb") as file:
             start = file.read(_START_BYTES)
         if b"\0" in start:
@@ -87,9 +102,13 @@ def column_names(path: Path) -> list[str]:
         if len(start) < _START_BYTES and len(start.decode("utf-8").strip().splitlines()) < 2:
             raise empty_log(path.name)
         _check_delimiter(path, start)
-        return list(_open_csv(path).schema.names)
+        return _of_schema(_open_csv(path).schema)
     except (OSError, UnicodeError, pa.ArrowException) as error:
         raise _not_what_it_says(path, error) from error
+
+
+def _of_schema(schema: pa.Schema) -> list[tuple[str, bool]]:
+    return [(field.name, holds_numbers(field.type)) for field in schema]
 
 
 def _check_delimiter(path: Path, start: bytes) -> None:
@@ -193,8 +212,8 @@ def _unclear_quotes(path: Path, text: mmap.mmap, start: int, problem: str) -> Va
     line = text[:start].count(b"\n") + 1
     shown = text[start : start + 40].splitlines()[0].decode("utf-8", "replace")
     return ValueError(
-        f"source={str(path)!r}: what begins with {shown!r} in line {line} {problem}. Put values with quotes into "
-        'quotes and double theirs (pandas.DataFrame.to_csv does: """tv" is "tv), or write the log as .jsonl or .parquet.'
+        f"source={str(path)!r}: what begins with {shown!r} in line {line} {problem}. Put values with quotes "
+        'into quotes and double theirs (pandas.DataFrame.to_csv does: """tv" is "tv), or write the log as .jsonl.'
     )
 
 

@@ -28,7 +28,7 @@ from st_fpsloss.click_evaluation import clicks_evaluator
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
 from st_fpsloss.files import write_whole
 from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.data import DataArguments
+from st_fpsloss.scripts.data import DataArguments, warn_of_missing_documents
 from st_fpsloss.scripts.models import load_model
 
 Interval = dict[str, float]
@@ -43,7 +43,10 @@ class Options:
         default=None, metadata={"help": "files or Hub id of the whole catalogue; default: the documents of the rows"}
     )
     seen: list[str] | None = field(
-        default=None, metadata={"help": "files or Hub id of rows whose documents are left out of their query's ranking"}
+        default=None,
+        metadata={
+            "help": "files or Hub id of rows whose documents, where clicked, are left out of their query's ranking"
+        },
     )
     at: list[int] = field(default_factory=lambda: [1, 10, 20, 100], metadata={"help": "cutoffs of the metrics"})
     output: Path | None = field(default=None, metadata={"help": "JSON file for the figures"})
@@ -57,10 +60,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if len(set(options.models)) < len(options.models):
         raise ValueError(f"--models {' '.join(options.models)} names a model twice.")
+    rows, documents = data.read(label=data.label_column), data.read_documents(options.documents)
+    if options.documents is not None:
+        warn_of_missing_documents(documents, rows)
     evaluator = clicks_evaluator(
-        data.read(label=data.label_column),
-        documents=data.read_documents(options.documents),
-        seen=None if options.seen is None else data.read(options.seen),
+        rows,
+        documents=documents,
+        seen=None if options.seen is None else data.read_seen(options.seen),
         at=options.at,
         batch_size=options.batch_size,
     )

@@ -30,7 +30,7 @@ from st_fpsloss.clicks import load_inputs
 from st_fpsloss.files import write_whole
 from st_fpsloss.input_codes import distinct
 from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.data import source_of
+from st_fpsloss.scripts.data import check_source_column, source_of
 from st_fpsloss.scripts.models import load_model
 
 STDIN = "-"
@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(options.model, options.trust_remote_code)
     if options.documents is not None:
         source = source_of(options.documents, options.dataset_config, options.dataset_split)
+        check_source_column(source, options.document_column, "--document_column")
+        if options.id_column is not None:
+            check_source_column(source, options.id_column, "--id_column")
         documents = load_inputs(source, options.document_column, options.id_column)
         if options.id_column is None:  # a log has its documents many times
             documents = dict(enumerate(distinct(documents.values()).values()))
@@ -103,11 +106,24 @@ def read_queries(options: Options) -> list[Any]:
     """The queries to search for, from the command line, the standard input or files."""
     if options.query is not None or options.queries == [STDIN]:
         lines = options.query or [line.rstrip("\r\n") for line in sys.stdin]
-        return [json.loads(line) if line.startswith("{") else line for line in lines if line.strip()]
+        flag = "--query" if options.query else f"--queries {STDIN}"
+        return [parsed_query(line, flag) if line.startswith("{") else line for line in lines if line.strip()]
     if options.queries is None:
         return []
     source = source_of(options.queries, options.dataset_config, options.dataset_split)
+    check_source_column(source, options.query_column, "--query_column")
     return list(load_inputs(source, options.query_column).values())
+
+
+def parsed_query(line: str, flag: str) -> Any:
+    """The query in a line of JSON."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(
+            f"{flag} {line!r} begins with {{ and is no JSON ({error}). Keys and texts need double quotes, and the "
+            """shell single ones around them: '{"user": "u1", "age": 30}'."""
+        ) from error
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
+from st_fpsloss.click_columns import check_column
 from st_fpsloss.click_evaluation import clicks_evaluator
-from st_fpsloss.click_files import SUFFIXES
+from st_fpsloss.click_files import SUFFIXES, checked_paths, column_names, holds_numbers, number_columns
 from st_fpsloss.clicks import hold_out, load_clicks, load_inputs
 from st_fpsloss.evaluation import RetrievalEvaluator
+from st_fpsloss.input_codes import LABEL_COLUMNS, distinct
+
+logger = logging.getLogger(__name__)
 
 _FILES = f"files ({', '.join(SUFFIXES)}), or the id of a data set on the Hub"
 
@@ -45,6 +51,17 @@ class DataArguments:
         source = source_of(
             self.dataset if dataset is None else dataset, self.dataset_config, split or self.dataset_split
         )
+        return self._load(source, **columns)
+
+    def read_seen(self, dataset: Sequence[str]) -> Dataset:
+        """Reads rows whose documents are left out of rankings; with their label, where they have that column."""
+        source = source_of(dataset, self.dataset_config, self.dataset_split)
+        return self._load(source, label=self.label_column if self.label_column in _names(source) else None)
+
+    def _load(self, source: list[str] | Dataset, **columns: Any) -> Dataset:
+        if columns.get("label") is None:
+            used = {self.query_column, self.document_column, columns.get("time"), *columns.get("negatives", ())}
+            _warn_of_a_label(source, used)
         return load_clicks(source, query=self.query_column, document=self.document_column, **columns)
 
     def read_documents(self, documents: Sequence[str] | None) -> list[Any]:
@@ -118,6 +135,8 @@ class EvaluationArguments:
         if held_out is None:
             return None
         documents = self.catalogue(data, train)
+        if self.documents is not None:
+            warn_of_missing_documents(documents, held_out)
         seen = train if self.exclude_seen else None
         return clicks_evaluator(held_out, documents, seen, at=self.at, batch_size=batch_size)
 
@@ -126,12 +145,59 @@ class EvaluationArguments:
         return data.read_documents(self.documents) or train.with_format(None)["document"][:]
 
 
+def warn_of_missing_documents(documents: Sequence[Any], rows: Dataset) -> None:
+    """Warns where ``--documents`` lacks documents of the rows: often they are spelled otherwise there."""
+    catalogue, of_rows = distinct(documents), distinct(rows.with_format(None)["document"])
+    missing = [spelled for spelled in of_rows if spelled not in catalogue]
+    if missing:
+        logger.warning(
+            "--documents lacks %d of the %d distinct documents of the rows, such as %s; it holds, for one, %s. They "
+            "are ranked too. If they are the same documents, spell them alike in both.",
+            *(len(missing), len(of_rows)),
+            *(reprlib.repr(of_rows[missing[0]]), reprlib.repr(next(iter(catalogue.values())))),
+        )
+
+
+def _warn_of_a_label(source: list[str] | Dataset, used: set[Any]) -> None:
+    """Warns of a column that looks like a label, where none is read: its rows with 0 would all be clicks."""
+    names = [name for name in LABEL_COLUMNS if name in _names(source, numbers=True) and name not in used]
+    if names:
+        logger.warning(
+            "%s has the column %r, which is not read: every row is a click. If it says what was clicked, pass "
+            "--label_column %s.",
+            *("The data set" if isinstance(source, Dataset) else ", ".join(source), names[0], names[0]),
+        )
+
+
+def _names(source: list[str] | Dataset, numbers: bool = False) -> set[str]:
+    """The columns of a source, of files those of any; all, or those that hold numbers."""
+    if isinstance(source, Dataset):
+        return {one.name for one in source.features.arrow_schema if not numbers or holds_numbers(one.type)}
+    names_of = number_columns if numbers else column_names
+    return {name for path in checked_paths(source) for name in names_of(path)}
+
+
+def check_source_column(source: list[str] | Dataset, column: str, flag: str) -> None:
+    """Refuses a source without a column, in the words of the command line."""
+    if isinstance(source, Dataset):
+        check_column(source.column_names, column, flag, "the data set")
+        return
+    for path in checked_paths(source):
+        check_column(column_names(path), column, flag, path.name)
+
+
 def source_of(dataset: Sequence[str], config: str | None, split: str) -> list[str] | Dataset:
     """Returns the files, or the data set that is loaded from the Hub (or from a folder, as ``load_dataset`` does).
 
     Raises:
-        ValueError: If there is no such data set.
+        ValueError: If there is no such data set, or a file is of no known kind.
     """
+    unknown = [name for name in dataset if Path(name).is_file() and Path(name).suffix.lower() not in SUFFIXES]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]!r} is a file of a kind that is not read; those that are: {', '.join(SUFFIXES)}. Unpack it "
+            "if it is compressed, or convert it: pandas.read_json(path).to_json(new, orient='records', lines=True)."
+        )
     if any(Path(name).suffix.lower() in SUFFIXES for name in dataset):
         return list(dataset)
     if len(dataset) != 1:

@@ -9,6 +9,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss.evaluation import paired_difference
+from tests.click_logs import refusal
 from tests.training_scripts.conftest import data_of, log_rows, run, write
 
 
@@ -67,6 +68,36 @@ def test_seen_documents_and_the_catalogue_count(folder: Path, pretrained: Path) 
     assert score[1] < score[2] <= score[0]
     with pytest.raises(ValueError, match="names a model twice"):
         run("evaluate", *words, "--models", pretrained, pretrained)
+
+
+def test_what_was_shown_and_not_clicked_stays_in_the_ranking(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    rows = [row | {"clicked": 1} for row in log_rows(24, seed=1)]
+    write(tmp_path / "new.jsonl", rows)
+    write(
+        tmp_path / "shown.jsonl", [row | {"clicked": 0, "q": query} for row in rows for query in {r["q"] for r in rows}]
+    )
+    words = ["--models", pretrained, "--dataset", tmp_path / "new.jsonl", *data_of(folder)[2:]]
+    labelled = [*words, "--label_column", "clicked", "--at", 10]
+    shown = run("evaluate", *labelled, "--seen", tmp_path / "shown.jsonl")
+    assert shown == run("evaluate", *labelled)
+    # log.jsonl has no such column: all of its rows are clicks
+    assert run("evaluate", *labelled, "--seen", folder / "log.jsonl")["queries"] == shown["queries"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--query", "{'user': 'u1'}"], ["--query \"{'user': 'u1'}\"", "is no JSON", '{"user": "u1", "age": 30}']),
+        (["--queries", "{tmp}/searches.csv"], ["--query_column='query' is no column of searches.csv"]),
+    ],
+)
+def test_wrong_queries_are_refused_in_the_words_of_the_command_line(
+    words: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "searches.csv").write_text("search\nfox\n")
+    words = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    with pytest.raises(ValueError, match=refusal(*parts)):
+        run("index", "--model", "none", "--index", tmp_path / "index", *words)
 
 
 def test_an_index_is_built_and_searched(
