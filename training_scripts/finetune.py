@@ -50,7 +50,7 @@ from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
 from st_fpsloss.scripts.loss import LossArguments, LossName, make_loss
 from st_fpsloss.scripts.models import load_model
 from st_fpsloss.scripts.negatives import NegativeArguments
-from st_fpsloss.scripts.training import run, set_columns, start_logging
+from st_fpsloss.scripts.training import check_rows, run, set_columns, start_logging
 
 
 @dataclass
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     catalogue = evaluation.catalogue(data, rows)
     if negatives.grade_column is not None:
         rows = negatives.compare_grades(rows, loss_arguments, training.seed)
+    check_rows(rows, catalogue if negatives.are_drawn else ())
     model = load_model(options.model, options.trust_remote_code)
     rows = negatives.add_columns(rows, model, catalogue, training)
     set_columns(training, model, rows.column_names)

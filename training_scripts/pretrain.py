@@ -46,7 +46,7 @@ from st_fpsloss.scripts.command_line import parse
 from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
 from st_fpsloss.scripts.loss import LossArguments, make_loss
 from st_fpsloss.scripts.models import TowerArguments
-from st_fpsloss.scripts.training import run, set_columns, start_logging
+from st_fpsloss.scripts.training import check_rows, run, set_columns, start_logging
 
 KINDS = (DataArguments, TowerArguments, LossArguments, EvaluationArguments, SentenceTransformerTrainingArguments)
 DEFAULTS = {"output_dir": "runs/pretrain", "per_device_train_batch_size": 512}
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(training.seed)
     with training.main_process_first(local=False, desc="reading the data"):
         rows, held_out = evaluation.read(data, data.label_column)
+    check_rows(rows)
     evaluator = evaluation.evaluator(data, rows, held_out, training.per_device_eval_batch_size)
     model = towers.build(rows)
     set_columns(training, model, rows.column_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,19 @@ def parse(
     """
     parser = HfArgumentParser(kinds, description=description, formatter_class=_HelpFormatter)
     parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(
-        args=None if argv is None else list(argv), look_for_args_file=False, return_remaining_strings=False
+    *parsed, unused = parser.parse_args_into_dataclasses(
+        args=None if argv is None else list(argv), look_for_args_file=False, return_remaining_strings=True
     )
+    if unused:
+        raise ValueError(_unknown(unused, list(parser._option_string_actions)))
+    return tuple(parsed)
+
+
+def _unknown(unused: Sequence[str], flags: Sequence[str]) -> str:
+    """What to say of words that no argument takes."""
+    flag = next((word.partition("=")[0] for word in unused if word.startswith("-")), None)
+    if flag is None:
+        return f"{list(unused)} belong to no argument. Leave them out, or put a value with blanks into quotes."
+    close = difflib.get_close_matches(flag, flags, n=1)
+    cure = f"Did you mean {close[0]}?" if close else "Leave it out; --help shows those there are."
+    return f"{flag} is no argument, in {list(unused)}. {cure}"

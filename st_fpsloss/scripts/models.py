@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
@@ -75,11 +75,14 @@ class TowerArguments:
         )
 
     def _tower(self, side: str, rows: Dataset) -> Tower:
+        model, features = getattr(self, f"{side}_model"), fitted_features(getattr(self, f"{side}_features"), rows, side)
+        for column in ("query", "document") if self.shared_tower else (side,):
+            check_keys(features, rows, column, side, reads_text=model is not None)
         return Tower(
-            getattr(self, f"{side}_model"),
+            model,
             num_hidden_layers=getattr(self, f"{side}_layers"),
             max_seq_length=getattr(self, f"{side}_max_seq_length"),
-            features=fitted_features(getattr(self, f"{side}_features"), rows, side),
+            features=features,
             pooling=self.pooling,
             hidden_dims=() if self.hidden_dims == [0] else tuple(self.hidden_dims),
             dropout=self.dropout,
@@ -109,7 +112,7 @@ def fitted_features(described: Sequence[str], rows: Dataset, column: str) -> lis
     if not described:
         return []
     values = rows.with_format(None)[column][:]
-    keys = sorted(set().union(*(value for value in values if isinstance(value, dict))))
+    keys = _keys(values)
     features = [_feature(text, column) for text in described]
     for feature in features:
         if feature.name not in keys:
@@ -119,6 +122,40 @@ def fitted_features(described: Sequence[str], rows: Dataset, column: str) -> lis
                 "Features are keys of JSON objects in a .jsonl file, or of structs in Parquet."
             )
     return [feature.fit(value.get(feature.name) for value in values) for feature in features]
+
+
+def check_keys(features: Sequence[Feature], rows: Dataset, column: str, side: str, reads_text: bool) -> None:
+    """Refuses dicts with a key that their tower would not know, before it is trained.
+
+    Args:
+        features: Those of the tower; without any, its encoder decides what it reads.
+        rows: The training rows.
+        column: ``"query"`` or ``"document"``, whose dicts go through the tower.
+        side: The tower, ``"query"`` or ``"document"``.
+        reads_text: Whether the tower has an encoder.
+
+    Raises:
+        ValueError: If there is such a key.
+    """
+    if not features:
+        return
+    known = {*(feature.name for feature in features), *(["text"] if reads_text else [])}
+    unknown = [key for key in _keys(rows.with_format(None)[column][:]) if key not in known]
+    if not unknown:
+        return
+    cure = f"add {' '.join(f'{key}=Categorical' for key in unknown if key != 'text')} (or another kind)"
+    cures = [f"{cure} to --{side}_features"] if unknown != ["text"] else []
+    if "text" in unknown:
+        cures.append(f"pass --{side}_model, which reads the text")
+    raise ValueError(
+        f"--{side}_features: the dicts in the column of the {column} have the keys {unknown} too, which the tower "
+        f"would not know: {', '.join(cures)}; or leave the keys out of the rows."
+    )
+
+
+def _keys(values: Sequence[Any]) -> list[str]:
+    """The keys of the dicts among the values."""
+    return sorted(set().union(*(value for value in values if isinstance(value, dict))))
 
 
 def _feature(text: str, column: str) -> Feature:

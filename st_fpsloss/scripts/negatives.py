@@ -14,6 +14,7 @@ from datasets import Dataset, load_from_disk
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from st_fpsloss.graded import graded_pairs
+from st_fpsloss.hard_negatives import HARD_NEGATIVES
 from st_fpsloss.index import DocumentIndex
 from st_fpsloss.input_codes import distinct, is_positive
 from st_fpsloss.negatives import mine_hard_negatives, mixture_frequencies, with_negatives
@@ -54,6 +55,11 @@ class NegativeArguments:
     min_difference: float = field(default=0.0, metadata={"help": "of two grades, to be compared"})
     max_pairs: int | None = field(default=None, metadata={"help": "comparisons a query at most; default: all"})
 
+    @property
+    def are_drawn(self) -> bool:
+        """Whether negatives come from the catalogue."""
+        return self.negatives in _DRAWN
+
     def check(self, loss: LossName, label_column: str | None, arguments: LossArguments) -> None:
         """Refuses arguments that do not go together, before anything is read.
 
@@ -62,6 +68,11 @@ class NegativeArguments:
         """
         if self.negatives == "mixed" and self.num_negatives < 2:
             raise ValueError(f"--negatives mixed draws sampled and hard ones: num_negatives={self.num_negatives} < 2.")
+        if not 1 <= self.hard_first_rank <= self.hard_last_rank:
+            raise ValueError(
+                f"--hard_first_rank={self.hard_first_rank} has to be at least 1 and at most "
+                f"--hard_last_rank={self.hard_last_rank}: pass a smaller first rank, or a larger last one."
+            )
         if self.grade_column is None:
             return
         if label_column is not None:
@@ -132,6 +143,7 @@ class NegativeArguments:
         num_hard = {"sampled": 0, "hard": self.num_negatives, "mixed": self.num_negatives // 2}[source]
         if num_hard:
             rows = self._mined(rows, model, documents, training)
+            self.check_mined(rows, len(documents))
         return with_negatives(
             rows, self.num_negatives, documents, power=self.power, num_hard=num_hard, seed=training.seed
         )
@@ -161,6 +173,34 @@ class NegativeArguments:
                     )
                 mined.save_to_disk(folder)
             return load_from_disk(folder)
+
+    def check_mined(self, rows: Dataset, num_documents: int) -> None:
+        """Refuses rows of which none has a mined negative, and warns where most have none.
+
+        Args:
+            rows: What :func:`st_fpsloss.negatives.mine_hard_negatives` returned.
+            num_documents: Distinct documents that were searched.
+
+        Raises:
+            ValueError: If there is no mined negative at all.
+        """
+        asks = is_positive(rows)
+        has_none = np.array([not ids for ids in rows.with_format(None)[HARD_NEGATIVES]])[asks]
+        limits = (
+            f"--hard_first_rank={self.hard_first_rank}, --hard_margin={self.hard_margin} and {num_documents} "
+            "distinct documents"
+        )
+        if has_none.all():
+            raise ValueError(
+                f"--negatives {self.negatives}: no row has a hard negative, with {limits}. Pass a smaller "
+                "--hard_first_rank or --hard_margin, or --negatives sampled."
+            )
+        if has_none.mean() > 0.5:
+            logger.warning(
+                "--negatives %s: %d of %d rows with r > 0 have no hard negative, with %s; sampled ones take their "
+                "place. A smaller --hard_first_rank or --hard_margin finds more.",
+                *(self.negatives, has_none.sum(), len(has_none), limits),
+            )
 
     def settings(
         self,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -12,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from st_fpsloss.callbacks import LossStateCallback, last_complete_checkpoint
 from st_fpsloss.evaluation import RetrievalEvaluator
-from st_fpsloss.input_codes import LABEL_COLUMNS
+from st_fpsloss.input_codes import LABEL_COLUMNS, distinct, is_positive
 from st_fpsloss.losses.base import ClickLoss
 
 LAST_CHECKPOINT = "last"
@@ -49,6 +52,30 @@ def checkpoint_to_resume(training: SentenceTransformerTrainingArguments) -> str 
             "complete one in output_dir."
         )
     return asked
+
+
+def check_rows(rows: Dataset, drawn: Sequence[Any] = ()) -> None:
+    """Refuses rows that can teach nothing, before a model is built.
+
+    Args:
+        rows: The training rows: query, document, negative columns, and a label.
+        drawn: The documents that negatives are drawn from, where they are.
+
+    Raises:
+        ValueError: If no row has r > 0, or there is one document and no other to compare it with.
+    """
+    if not is_positive(rows).any():
+        raise ValueError(
+            f"--label_column: all {len(rows)} training rows have r <= 0, so there is no click to learn from. Name a "
+            "column that is above 0 for clicks, or leave out --label_column where every row is one."
+        )
+    documents = distinct(chain(rows.with_format(None)["document"], drawn))
+    if len(documents) == 1 and not any(name.startswith("negative_") for name in rows.column_names):
+        raise ValueError(
+            f"--document_column: all {len(rows)} training rows have one and the same document, "
+            f"{reprlib.repr(next(iter(documents.values())))}, so there is nothing to compare it with. Name the column "
+            "of the documents, or pass rows with at least two."
+        )
 
 
 def set_columns(

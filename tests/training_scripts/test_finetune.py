@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
+from st_fpsloss.scripts.negatives import NegativeArguments
+from st_fpsloss.scripts.training import check_rows
 from tests.click_logs import refusal
-from tests.training_scripts.conftest import QUIET, SCRIPTS, data_of, run, weights_of
+from tests.training_scripts.conftest import QUIET, SCRIPTS, data_of, log_rows, run, weights_of, write
 
 SHORT = ["--max_steps", 2, "--learning_rate", 1e-3, "--save_strategy", "no", "--per_device_train_batch_size", 16]
 
@@ -81,9 +84,15 @@ def test_any_model_is_fine_tuned_one_without_towers_too(folder: Path, tmp_path: 
         (["--grade_column", "stars", "--negative_columns", "worse"], ["leave out --negative_columns"]),
         (["--grade_column", "stars", "--label_column", "stars"], ["pass one"]),
         (["--grade_column", "stars", "--min_difference", "9"], ["nothing to compare"]),
+        (["--dataset", "{folder}/same.jsonl"], ["all 2 training rows have one and the same document, 'fox'"]),
         (["--negatives", "explicit"], ["--negatives explicit: the rows have none", "--negative_columns"]),
         (["--negatives", "mixed", "--num_negatives", "1"], ["num_negatives=1 < 2"]),
-        (["--negatives", "hard", "--hard_first_rank", "0"], ["first_rank"]),
+        (["--hard_first_rank", "0"], ["--hard_first_rank=0 has to be at least 1"]),
+        (["--hard_first_rank", "9", "--hard_last_rank", "3"], ["--hard_first_rank=9", "at most --hard_last_rank=3"]),
+        (
+            ["--negatives", "hard", "--hard_margin", "1e6"],
+            ["--negatives hard: no row", "--hard_first_rank=1, --hard_margin=1000000.0 and ", " distinct documents"],
+        ),
         (["--margin", "1"], ["--margin is no argument of the loss 'pair_ce'"]),
         (["--log_q", "standard"], ["--log_q is no argument of the loss 'pair_ce'"]),
         (["--model", "me/nothing"], ["'me/nothing' is neither the folder of a model nor the id of one on the Hub"]),
@@ -92,9 +101,36 @@ def test_any_model_is_fine_tuned_one_without_towers_too(folder: Path, tmp_path: 
 def test_wrong_arguments_are_refused_before_training(
     words: list[str], parts: list[str], folder: Path, pretrained: Path, tmp_path: Path
 ) -> None:
+    write(tmp_path / "same.jsonl", [{"q": "fox", "d": "fox"}, {"q": "seven", "d": "fox"}])
+    words = [word.format(folder=tmp_path) for word in words]
     with pytest.raises(ValueError, match=refusal(*parts)):
         finetune(folder, tmp_path, "--model", pretrained, *words)
     assert not (tmp_path / "modules.json").exists()
+
+
+def test_grades_below_0_are_compared_as_others(folder: Path, pretrained: Path, tmp_path: Path) -> None:
+    rows = [row | {"below": row["stars"] - 4} for row in log_rows()]
+    data = ["--dataset", write(tmp_path / "log.jsonl", rows), *data_of(folder)[2:], "--grade_column", "below"]
+    run("finetune", "--model", pretrained, *data, "--output_dir", tmp_path / "out", *SHORT, *QUIET)
+    assert (weights_of(tmp_path / "out") - weights_of(pretrained)).norm() > 0.01
+
+
+def test_few_mined_negatives_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    negatives = NegativeArguments(negatives="mixed", hard_margin=0.5)
+    rows = Dataset.from_dict({"query": list("abc"), "document": list("def"), "hard_negatives": [[1], [], [2]]})
+    negatives.check_mined(rows, 3)
+    assert not caplog.records
+    negatives.check_mined(rows.add_column("label", [0, 1, 1]).select([0, 1, 1, 2]), 3)
+    assert "--negatives mixed: 2 of 3 rows with r > 0 have no hard negative" in caplog.text
+    assert "--hard_margin=0.5 and 3 distinct documents" in caplog.text
+
+
+def test_one_document_is_enough_where_negatives_are_drawn_from_a_catalogue() -> None:
+    rows = Dataset.from_dict({"query": ["a", "b"], "document": ["d", "d"]})
+    check_rows(rows, ["d", "e"])
+    check_rows(rows.add_column("negative_1", ["e", "e"]))
+    with pytest.raises(ValueError, match="all 2 training rows have one and the same document, 'd'"):
+        check_rows(rows, ["d"])
 
 
 def test_an_unknown_loss_is_answered_with_those_there_are(

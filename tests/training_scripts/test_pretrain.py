@@ -12,9 +12,10 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
+from st_fpsloss.scripts.models import TowerArguments
 from st_fpsloss.scripts.training import set_columns
 from tests.click_logs import refusal
-from tests.training_scripts.conftest import NAMES, QUIET, SCRIPTS, data_of, main_of, run, towers_of, weights_of
+from tests.training_scripts.conftest import NAMES, QUIET, SCRIPTS, data_of, main_of, run, towers_of, weights_of, write
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,20 +127,93 @@ def test_columns_go_to_their_towers_with_the_prompts_of_the_model() -> None:
         (["--shared_tower"], ["--document_model and --shared_tower contradict each other"]),
         (["--resume_from_checkpoint", "nowhere"], ["--resume_from_checkpoint='nowhere' is no folder"]),
         (["--mask_known_positives", "--query_prompt", "q: "], ["--mask_known_positives does not know", "prompts"]),
-        (["--colour", "red"], ["['--colour', 'red']"]),
+        (["--label_column", "never"], ["--label_column: all 160 training rows have r <= 0", "no click to learn from"]),
+        (["--document_column", "same"], ["--document_column: all 160 training rows", "one and the same document, 'x'"]),
+        (["--colour", "red"], ["--colour is no argument", "['--colour', 'red']", "--help"]),
+        (["--logq", "none"], ["--logq is no argument", "Did you mean --log_q?"]),
+        (["--logq=none"], ["--logq is no argument", "Did you mean --log_q?"]),
     ],
 )
 def test_wrong_arguments_are_refused_before_training(
     words: list[str], parts: list[str], folder: Path, tmp_path: Path
 ) -> None:
+    rows = [json.loads(line) | {"never": 0, "same": "x"} for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = ["--dataset", write(tmp_path / "log.jsonl", rows), *data_of(folder)[2:]]
     with pytest.raises(ValueError, match=refusal(*parts)):
-        run("pretrain", *data_of(folder), *towers_of(folder), *QUIET, "--output_dir", tmp_path, *words)
+        run("pretrain", *log, *towers_of(folder), *QUIET, "--output_dir", tmp_path, *words)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_tower_needs_an_encoder_or_features(folder: Path) -> None:
     with pytest.raises(ValueError, match="Pass --document_model, a Hub id or a folder, or --document_features"):
         run("pretrain", *data_of(folder), "--query_model", folder / "encoder")
+
+
+USERS = [{"q": {"user": f"u{n % 3}", "age": n, "text": "fox"}, "d": f"fox {n}"} for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["user=Categorical"], ["['age', 'text'] too", "add age=Categorical (or another kind) to --query_features"]),
+        (["user=Categorical", "age=Numerical"], ["['text'] too", "pass --query_model, which reads the text; or leave"]),
+    ],
+)
+def test_keys_that_a_tower_would_not_know_are_refused_before_it_is_trained(
+    words: list[str], parts: list[str], folder: Path, tmp_path: Path
+) -> None:
+    data = ["--dataset", write(tmp_path / "users.jsonl", USERS), *data_of(folder)[2:], "--output_dir", tmp_path]
+    with pytest.raises(ValueError, match=refusal("--query_features: the dicts in the column of the query", *parts)):
+        run("pretrain", *data, "--document_model", folder / "encoder", "--query_features", *words, *QUIET)
+
+
+def test_a_shared_tower_has_to_know_the_keys_of_the_documents_too(folder: Path) -> None:
+    rows = Dataset.from_dict({"query": [{"user": "a"}], "document": [{"film": "b"}]})
+    towers = TowerArguments(shared_tower=True, query_features=["user=Categorical"])
+    with pytest.raises(ValueError, match=r"column of the document have the keys \['film'\].*to --query_features"):
+        towers.build(rows)
+
+
+def test_a_column_that_looks_like_a_label_and_is_not_read_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"query": "a", "document": "d", "label": 0, "score": "good"}]
+    data = DataArguments([str(write(tmp_path / "log.jsonl", rows))], label_column="label")
+    data.read(label="label")
+    data.read(negatives=["label"])
+    assert not caplog.records
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        path = tmp_path / f"log{suffix}"
+        if suffix != ".jsonl":
+            getattr(Dataset.from_list(rows), f"to_{suffix[1:]}")(path)
+        caplog.clear()
+        DataArguments([str(path)]).read()
+        assert f"{path} has the column 'label', which is not read" in caplog.text
+        assert "pass --label_column label" in caplog.text and "score" not in caplog.text
+
+
+def test_documents_that_a_catalogue_lacks_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Dataset.from_dict({"query": ["a", "b", "c"], "document": ["d", "e", "e"]})
+    data = DataArguments(["log.jsonl"])
+    whole = EvaluationArguments(documents=[str(write(tmp_path / "all.jsonl", [{"document": d} for d in "def"]))])
+    whole.evaluator(data, rows, rows, 8)
+    EvaluationArguments().evaluator(data, rows.select([0]), rows, 8)
+    assert not caplog.records
+    part = EvaluationArguments(documents=[str(write(tmp_path / "part.jsonl", [{"document": d} for d in "Dd"]))])
+    part.evaluator(data, rows, rows, 8)
+    assert (
+        "--documents lacks 1 of the 2 distinct documents of the rows, such as 'e'; it holds, for one, 'D'"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize("name", ["arr.json", "clicks.csv.gz"])
+def test_a_file_of_an_unknown_kind_is_not_looked_up_on_the_hub(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(
+        ValueError, match=refusal(name, "a file of a kind that is not read", ".csv, .tsv", "convert it")
+    ):
+        DataArguments([str(tmp_path / name)]).read()
 
 
 @pytest.mark.slow
