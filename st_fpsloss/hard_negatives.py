@@ -12,7 +12,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss.index import DocumentIndex
-from st_fpsloss.input_codes import check_columns, codes, is_positive, spelled_pairs_of, spelling, spellings
+from st_fpsloss.input_codes import check_columns, is_positive, pairs_of
+from st_fpsloss.input_keys import input_keys
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ def mine_hard_negatives(
 
     The nearest documents are often positives that nobody clicked yet. Two ways to leave these out: start some ranks
     down (``first_rank``), and ask for a distance to the positive (``margin``).
+
+    Inputs are compared by what the towers read of them, however they are spelled: a set of tags is the same in any
+    order. What the index holds without its input (it warned of that when it was built) cannot be compared, and
+    positives that it does not have are warned of.
 
     Args:
         model: the model that the index was built with.
@@ -71,24 +76,26 @@ def mine_hard_negatives(
     """
     check_columns(clicks, [query, document])
     _check_ranks(first_rank, last_rank, margin)
-    query_of_row, number_of = codes(spellings(clicks, query))
+    inputs = clicks.with_format(None)
+    query_of_row = _keys(model, inputs[query][:], "query")
+    documents = _keys(model, inputs[document][:], "document").tolist()
     asks = is_positive(clicks)
-    ids_of: dict[str, list[Any]] = defaultdict(list)
-    for document_id in index.ids:
-        ids_of[spelling(index.document(document_id))].append(document_id)
-    documents = spellings(clicks, document)
-    positives = _positive_ids(query_of_row, asks, documents, ids_of, number_of, known_positives)
+    ids_of = _ids_by_key(model, index)
+    pairs = list(zip(query_of_row[asks].tolist(), (documents[row] for row in np.flatnonzero(asks)), strict=True))
+    known_queries, known_documents = pairs_of(known_positives)
+    known = _keys(model, known_queries, "query").tolist(), _keys(model, known_documents, "document").tolist()
+    positives = _positive_ids([*pairs, *zip(*known, strict=True)], ids_of)
 
     asking = np.unique(query_of_row[asks])
     first_row = dict(zip(*np.unique(query_of_row, return_index=True), strict=True))
-    inputs = clicks.with_format(None).select([first_row[number] for number in asking])[query][:]
+    queries = inputs.select([first_row[key] for key in asking])[query][:]
     found = _search(
-        model, index, inputs, [positives[number] for number in asking], last_rank, batch_size, show_progress_bar
+        model, index, queries, [positives[key] for key in asking.tolist()], last_rank, batch_size, show_progress_bar
     )
     found_of = dict(zip(asking.tolist(), found, strict=True))
     pools = [
-        _pool(found_of[number], positives[number], ids_of.get(text, []), first_rank, last_rank, margin) if ask else []
-        for number, text, ask in zip(query_of_row.tolist(), documents, asks.tolist(), strict=True)
+        _pool(found_of[asked], positives[asked], ids_of.get(own, []), first_rank, last_rank, margin) if ask else []
+        for asked, own, ask in zip(query_of_row.tolist(), documents, asks.tolist(), strict=True)
     ]
     _report(pools, asks)
     if HARD_NEGATIVES in clicks.column_names:  # mined before, from an earlier model
@@ -96,21 +103,36 @@ def mine_hard_negatives(
     return clicks.add_column(HARD_NEGATIVES, pools)
 
 
-def _positive_ids(
-    query_of_row: np.ndarray,
-    asks: np.ndarray,
-    documents: Sequence[str],
-    ids_of: Mapping[str, list[Any]],
-    number_of: Mapping[str, int],
-    known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
-) -> dict[int, set[Any]]:
-    """The ids of the positives of each query, by its number."""
+def _keys(model: SentenceTransformer, inputs: Sequence[Any], task: str) -> np.ndarray:
+    """What each input (N,) is known by to a tower."""
+    return input_keys(model, inputs, task) if len(inputs) else np.empty(0, dtype=np.int64)
+
+
+def _ids_by_key(model: SentenceTransformer, index: DocumentIndex) -> dict[int, list[Any]]:
+    """The ids of the documents of an index by what the tower reads; several may read alike."""
+    inputs = {document_id: index.document(document_id) for document_id in index.ids}
+    known = {document_id: document for document_id, document in inputs.items() if document is not None}
+    ids_of: dict[int, list[Any]] = defaultdict(list)
+    for document_id, key in zip(known, _keys(model, list(known.values()), "document").tolist(), strict=True):
+        ids_of[key].append(document_id)
+    return ids_of
+
+
+def _positive_ids(pairs: Sequence[tuple[int, int]], ids_of: Mapping[int, list[Any]]) -> dict[int, set[Any]]:
+    """The ids of the positives of each query, from pairs (query, document) of keys."""
     positives: dict[int, set[Any]] = defaultdict(set)
-    for row in np.flatnonzero(asks).tolist():
-        positives[int(query_of_row[row])].update(ids_of.get(documents[row], []))
-    for text, document in zip(*spelled_pairs_of(known_positives), strict=True):
-        if text in number_of:
-            positives[number_of[text]].update(ids_of.get(document, []))
+    missing = set()
+    for query, document in pairs:
+        positives[query].update(ids_of.get(document, []))
+        if document not in ids_of:
+            missing.add(document)
+    if missing:
+        logger.warning(
+            "%d of %d distinct positives are not in the index. If it holds them in other words, or without their "
+            "inputs, they may be mined as negatives of their own queries: build the index from the same inputs.",
+            len(missing),
+            len({document for _, document in pairs}),
+        )
     return positives
 
 

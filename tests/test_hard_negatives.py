@@ -6,7 +6,7 @@ from datasets import Dataset
 from st_fpsloss import DocumentIndex
 from st_fpsloss.hard_negatives import HARD_NEGATIVES, mine_hard_negatives
 from st_fpsloss.negatives import with_negatives
-from st_fpsloss.towers import Categorical, Tower, two_tower
+from st_fpsloss.towers import Categorical, Tags, Tower, two_tower
 from tests.losses.conftest import sentences, small_model
 
 pytest.importorskip("faiss")
@@ -98,6 +98,36 @@ def test_inputs_may_be_dicts(tmp_path):
     )
     mined = mine_hard_negatives(model, clicks, index)
     assert mined[HARD_NEGATIVES][:] == [[2], [2]]
+
+
+def tagged_model():
+    text = small_model()[0].sub_modules["document"][0]
+    user = Tower(features=[Categorical("user", vocabulary=["u"])])
+    return two_tower(user, Tower(text, features=[Tags("tags", vocabulary=["1", "2"], dim=4)]), embedding_dim=4)
+
+
+def test_positives_are_known_however_they_are_spelled(tmp_path, caplog):
+    model = tagged_model()
+    documents = {"a": {"text": "quick fox", "tags": ["1", "2"]}, "b": "lazy dog", "c": {"text": "lazy dog", "tags": []}}
+    index = DocumentIndex.build(model, documents, tmp_path / "index")
+    rows = [{"text": "quick fox", "tags": ["2", "1"]}, {"text": "lazy dog", "tags": []}]
+    clicks = Dataset.from_dict({"query": [{"user": "u"}, {"user": "v"}], "document": rows})
+    of_fox, of_dog = mine_hard_negatives(model, clicks, index)[HARD_NEGATIVES][:]
+    assert (sorted(of_fox), of_dog) == (["b", "c"], ["a"])
+    assert not caplog.records
+    known = [({"user": "u"}, {"text": "lazy dog", "tags": None})]
+    assert mine_hard_negatives(model, clicks, index, known_positives=known)[HARD_NEGATIVES][:] == [[], ["a"]]
+
+
+def test_positives_that_the_index_holds_without_their_input_are_warned_of(tmp_path, caplog):
+    model = tagged_model()
+    documents = {"a": {"text": "quick fox", "tags": {"1", "2"}}, "b": "lazy dog"}
+    index = DocumentIndex.build(model, documents, tmp_path / "index")
+    clicks = Dataset.from_dict(
+        {"query": [{"user": "u"}] * 2, "document": [{"text": "quick fox", "tags": ["2", "1"]}] * 2}
+    )
+    mine_hard_negatives(model, clicks, index)
+    assert "1 of 1 distinct positives are not in the index" in caplog.text
 
 
 @pytest.mark.parametrize(
