@@ -10,6 +10,7 @@ import numbers
 import os
 import shutil
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE, DOCUMENTS_FILE, INFO_FILE = "index.faiss", "documents.parquet", "index.json"
 QUERY_CHUNK_SIZE = 256
+
+# Of a stored vector's length. Half precision moves an embedding by less, another model by about its whole length.
+_SAME_MODEL_TOLERANCE = 0.05
 
 
 class DocumentIndex:
@@ -58,6 +62,7 @@ class DocumentIndex:
         self.ids: list[Any] = documents["id"].to_pylist()
         self._inputs = documents["input"]
         self._row_of = {document_id: row for row, document_id in enumerate(self.ids)}
+        self._compared_with: weakref.ref[SentenceTransformer] | None = None
 
     @classmethod
     def build(
@@ -181,7 +186,9 @@ class DocumentIndex:
         """Find the k most similar documents of each query.
 
         Args:
-            model: The model whose query tower embeds the queries: the one that the index was built with.
+            model: The model whose query tower embeds the queries: the one that the index was built with. An exact
+                index (``factory="Flat"``) embeds one of its documents again at the first search with a model, and
+                warns if it is another one.
             queries: Strings, or dicts with ``"text"`` and features.
             k: Documents a query. Where fewer are left, all of them are returned.
             exclude: For each query the ids of documents to leave out, such as those the user has seen, or None. The
@@ -190,11 +197,12 @@ class DocumentIndex:
             show_progress_bar: Whether to show progress bars.
 
         Returns:
-            For each query a list of (document id, score), best first; equal scores in the order of the corpus.
+            For each query a list of (document id, score), best first; equal scores in the order of the corpus. Of
+            documents that tie for the last place, FAISS chooses those that are returned.
 
         Raises:
             ValueError: If the model's similarity or dimension is unlike the index's, ``queries`` is a lone input, ``k``
-                is below 1, or ``exclude`` has another length than ``queries`` or ids of another type.
+                is below 1, or ``exclude`` is a mapping, has another length than ``queries`` or ids of another type.
         """
         if not isinstance(k, numbers.Integral) or k < 1:
             raise ValueError(f"k={k!r} has to be an integer of 1 or more.")
@@ -207,6 +215,7 @@ class DocumentIndex:
                 f"{similarity!r}: search with the model that built it, or build the index anew with this one."
             )
         excluded = self._excluded_rows(exclude, len(queries))
+        self._warn_of_another_model(model)
         chunks = embed_in_chunks(model.encode_query, queries, batch_size, show_progress_bar)
         results: list[list[tuple[Any, float]]] = []
         for vectors in _normalised(chunks) if similarity == "cosine" else chunks:
@@ -218,10 +227,35 @@ class DocumentIndex:
             results += self._search_vectors(vectors, int(k), excluded[len(results) : len(results) + len(vectors)])
         return results
 
+    def _warn_of_another_model(self, model: SentenceTransformer) -> None:
+        """Compare a stored vector with the model's own, once a model: nothing else tells models of one size apart."""
+        if self._compared_with is not None and self._compared_with() is model:
+            return
+        self._compared_with = weakref.ref(model)
+        row = next((row for row, spelled in enumerate(self._inputs) if spelled.is_valid), None)
+        if row is None or self.info["factory"] != "Flat":  # others do not keep the vectors as they were
+            return
+        chunks = embed_in_chunks(model.encode_document, [self.document(self.ids[row])], show_progress_bar=False)
+        ((vector,),) = _normalised(chunks) if self.info["similarity"] == "cosine" else chunks
+        stored = self.faiss_index.reconstruct(row)
+        if vector.shape != stored.shape:  # the search itself says so
+            return
+        if np.linalg.norm(vector - stored) > _SAME_MODEL_TOLERANCE * np.linalg.norm(stored):
+            logger.warning(
+                "The index was built with another model than the one that it is searched with, or with this one before "
+                "it was trained on: it embeds document %r otherwise. Rebuild the index, or search with its own model.",
+                self.ids[row],
+            )
+
     def _excluded_rows(self, exclude: Sequence[Iterable[Any] | None] | None, num_queries: int) -> list[np.ndarray]:
         """Turn the ids to leave out into sorted row numbers, and check them."""
         if exclude is None:
             exclude = [None] * num_queries
+        if isinstance(exclude, (str, Mapping)):
+            raise ValueError(
+                f"exclude={exclude!r:.200} is a {type(exclude).__name__}: give a list with the ids to leave out, or "
+                "None, for each query, in the order of `queries`."
+            )
         if len(exclude) != num_queries:
             raise ValueError(
                 f"exclude has {len(exclude)} entries for {num_queries} queries: give one for each, or None."

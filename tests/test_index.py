@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
 
@@ -258,6 +260,7 @@ def test_a_model_that_gives_nan_builds_nothing(tmp_path):
         ({"queries": "query0"}, "queries='query0' is one input"),
         ({"queries": {"text": "query0"}}, "is one input"),
         ({"exclude": [[1]]}, "exclude has 1 entries for 2 queries"),
+        ({"exclude": {"query0": [1], "query1": [2]}}, "is a dict: give a list with the ids to leave out"),
         ({"exclude": [["1"], None]}, r"exclude\[0\] has '1', and the ids of this index are of type int"),
     ],
 )
@@ -275,6 +278,21 @@ def test_another_model_than_the_indexs_is_refused(tmp_path):
         index.search(random_model("dot", dim=6), QUERIES, k=3)
     with pytest.raises(ValueError, match="'manhattan'"):
         DocumentIndex.build(random_model("manhattan"), DOCUMENTS, tmp_path / "other")
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_another_model_of_the_same_size_is_warned_of_once(tmp_path, caplog, similarity):
+    model, trained = random_model(similarity), random_model(similarity)
+    with torch.no_grad():
+        trained[0].embedding.weight.mul_(-0.5).add_(0.3)
+    DocumentIndex.build(model, DOCUMENTS, tmp_path / "index")
+    index = DocumentIndex.load(tmp_path / "index")
+    index.search(model, QUERIES, k=3)
+    index.search(copy.deepcopy(model).bfloat16(), QUERIES, k=3)
+    assert "another model" not in caplog.text
+    for _ in range(2):
+        index.search(trained, QUERIES, k=3)
+    assert caplog.text.count("The index was built with another model") == 1
 
 
 @pytest.mark.parametrize("name", ["index.faiss", "documents.parquet", "index.json"])
