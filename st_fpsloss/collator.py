@@ -80,7 +80,11 @@ def preprocess_distinct(preprocess: Callable[..., Features], inputs: Sequence[An
     per_row = {name: value for name, value in features.items() if _has_rows(value) and name not in flat}
     if any(len(value) != len(first) for value in per_row.values()):
         return preprocess(inputs, **options)
-    return {**features, **{name: value[index] for name, value in per_row.items()}, **flat}
+    repeated = {
+        name: value[index] if isinstance(value, Tensor) else [value[number] for number in numbers]
+        for name, value in per_row.items()
+    }
+    return {**features, **repeated, **flat}
 
 
 def _identity(value: Any) -> Hashable:

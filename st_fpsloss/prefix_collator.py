@@ -36,7 +36,8 @@ class PrefixCollator(SentenceTransformerDataCollator):
             read.
 
     Raises:
-        ValueError: The query tower does not have that history, or another one beside it.
+        ValueError: The query tower does not have that history, or another one beside it; or ``documents`` is no
+            mapping.
 
     Example:
         >>> from datasets import Dataset
@@ -59,6 +60,11 @@ class PrefixCollator(SentenceTransformerDataCollator):
         documents: Mapping[Any, Any],
         prompts: Mapping[str, str] | None = None,
     ) -> None:
+        if not isinstance(documents, Mapping):
+            raise ValueError(
+                f"documents={documents!r:.100} is a {type(documents).__name__}: give a dict from the ids of the "
+                "histories to inputs; where the ids are the inputs, {item: item for item in documents}."
+            )
         super().__init__(preprocess_fn=model.preprocess, prompts=dict(prompts or {}))
         self.history = history
         self.documents = {category("documents", item): document for item, document in documents.items()}

@@ -153,3 +153,16 @@ def test_worker_processes_can_be_given_it():
 def test_without_a_router_mapping_it_is_refused():
     with pytest.raises(ValueError, match="no `router_mapping`"):
         DistinctCollator(small_model(), SentenceTransformerTrainingArguments("unused", use_cpu=True))
+
+
+def test_features_in_lists_are_repeated_too():
+    def preprocess(inputs, **options):
+        return {"n": [len(text) for text in inputs], "all": [len(inputs), len(inputs)], "x": torch.ones(len(inputs))}
+
+    def one_entry_each(inputs, **options):
+        return {"n": [len(text) for text in inputs], "x": torch.ones(len(inputs))}
+
+    inputs = ["fox", "a", "fox", "lazy", "a"]
+    for make in (preprocess, one_entry_each):
+        found, expected = preprocess_distinct(make, inputs), make(inputs)
+        assert torch.equal(found.pop("x"), expected.pop("x")) and found == expected

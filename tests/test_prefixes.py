@@ -270,6 +270,11 @@ def test_wrong_rows_are_refused(row: dict[str, Any], message: str) -> None:
         PrefixCollator(make_model(), "seen", DOCUMENTS)([row])
 
 
+def test_documents_in_a_list_are_refused() -> None:
+    with pytest.raises(ValueError, match="is a list: give a dict from the ids of the histories to inputs"):
+        PrefixCollator(make_model(), "seen", documents=list(DOCUMENTS))  # type: ignore[arg-type]
+
+
 def test_a_tower_without_the_history_or_with_two_is_refused() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"history='films'.*has 'seen'"):

@@ -44,11 +44,13 @@ def two_tower(
     package, and ``SentenceTransformer(path, trust_remote_code=True)`` where it is installed. An input then is a text,
     or a dict with ``"text"`` and the names of the features.
 
-    Training needs to know which column goes to which tower, and takes prompts by column as well::
+    Training needs to know which column goes to which tower, and takes prompts by column as well. Columns of negatives
+    are named in both too: one that ``prompts`` does not name has none, and so gives itself away as a negative::
 
+        towers = {"query": "query", "document": "document", "negative_1": "document"}
         SentenceTransformerTrainingArguments(
-            router_mapping={"query": "query", "document": "document"},
-            prompts={"query": model.prompts["query"], "document": model.prompts["document"]},
+            router_mapping=towers,
+            prompts={column: model.prompts[tower] for column, tower in towers.items()},
         )
 
     Args:
