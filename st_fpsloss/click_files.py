@@ -4,17 +4,19 @@ Quotes in CSV and TSV: a value that begins with ``"`` is a quoted one, as in RFC
 are well-formed: it ends with ``"`` before a delimiter or a line's end, holds ``""`` for ``"``, and may hold delimiters
 and line breaks. If one is not, quotes are plain characters in the whole of a TSV file, as in the logs of searches, and
 a CSV file is refused. Refused is too what can be read both ways: a well-formed value holds a line break and a
-delimiter, and every line of the file is a whole row if quotes are plain characters.
+delimiter, and every line of the file is a whole row if quotes are plain characters. Where other lines need their
+quotes to be rows, such a value is read as one, with a warning.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,6 +27,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from st_fpsloss.click_columns import BATCH_ROWS, dict_array, empty_log
+
+logger = logging.getLogger(__name__)
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*_DELIMITERS, ".parquet", ".jsonl")
@@ -187,23 +191,31 @@ def _is_quoted(path: Path, size: int, changed: int) -> bool:
                 if value is None:
                     raise _unclear_quotes(path, text, start, "begins with a quote and does not end with one")
                 end = value.end()
-                if joined is None and _holds_rows(text[start:end], delimiter):
+                if joined is None and _joins_rows(text, start, end, delimiter):
                     joined = start
             start = text.find(b'"', end)
-        if joined is not None and _has_a_row_a_line(text, delimiter):
-            raise _unclear_quotes(path, text, joined, "is one value with quotes and several rows without")
+        if joined is not None:
+            problem = "is one value with quotes, and several rows if they are plain characters"
+            text.seek(0)
+            if _are_rows(iter(text.readline, b""), delimiter):
+                raise _unclear_quotes(path, text, joined, problem)
+            logger.warning("%s It is read as one value.", _unclear_quotes(path, text, joined, problem))
     return True
 
 
-def _holds_rows(value: bytes, delimiter: str) -> bool:
-    """Whether a quoted value holds a delimiter and a line break, as rows do."""
-    return delimiter.encode() in value and (b"\n" in value or b"\r" in value)
+def _joins_rows(text: mmap.mmap, start: int, end: int, delimiter: str) -> bool:
+    """Whether a quoted value holds a delimiter and a line break, and its lines are whole rows without the quotes."""
+    value = text[start:end]
+    if delimiter.encode() not in value or b"\n" not in value:
+        return False
+    after = text.find(b"\n", end)
+    lines = text[text.rfind(b"\n", 0, start) + 1 : after if after >= 0 else len(text)].splitlines()
+    return _are_rows([text[: text.find(b"\n")], *lines], delimiter)
 
 
-def _has_a_row_a_line(text: mmap.mmap, delimiter: str) -> bool:
-    """Whether all lines have as many values as the first, quotes aside."""
-    text.seek(0)
-    counts = (line.count(delimiter.encode()) for line in iter(text.readline, b"") if line.strip(b"\r\n"))
+def _are_rows(lines: Iterable[bytes], delimiter: str) -> bool:
+    """Whether all lines have as many values as the first, the header, if quotes are plain characters."""
+    counts = (line.count(delimiter.encode()) for line in lines if line.strip(b"\r\n"))
     first = next(counts, 0)
     return all(count == first for count in counts)
 
@@ -212,8 +224,9 @@ def _unclear_quotes(path: Path, text: mmap.mmap, start: int, problem: str) -> Va
     line = text[:start].count(b"\n") + 1
     shown = text[start : start + 40].splitlines()[0].decode("utf-8", "replace")
     return ValueError(
-        f"source={str(path)!r}: what begins with {shown!r} in line {line} {problem}. Put values with quotes "
-        'into quotes and double theirs (pandas.DataFrame.to_csv does: """tv" is "tv), or write the log as .jsonl.'
+        f"source={str(path)!r}: what begins with {shown!r} in line {line} {problem}. If the quote is a character of "
+        'the value, put the value into quotes and double it (pandas.DataFrame.to_csv does: """tv" is "tv); .jsonl is '
+        "always clear."
     )
 
 

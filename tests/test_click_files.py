@@ -79,8 +79,8 @@ def test_a_file_that_pandas_wrote_is_read_back(suffix: str, quoting: Any, tmp_pa
     [
         (".csv", ["red|d0", '"tv|d1', "blue|d2", '"pc|d3'], 3, "begins with a quote and does not end with one"),
         (".csv", ['"tv|d1', "blue|d2"], 2, "begins with a quote and does not end with one"),
-        (".csv", ['"tv|d1', "blue|d2", 'pc"|d3'], 2, "several rows without"),
-        (".tsv", ["red|d0", '"tv|d1', "blue|d2", 'pc"|d3'], 3, "several rows without"),
+        (".csv", ['"tv|d1', "blue|d2", 'pc"|d3'], 2, "several rows if they are plain characters"),
+        (".tsv", ["red|d0", '"tv|d1', "blue|d2", 'pc"|d3'], 3, "several rows if they are plain characters"),
     ],
 )
 def test_quotes_that_may_join_rows_are_refused_with_their_line(
@@ -89,8 +89,18 @@ def test_quotes_that_may_join_rows_are_refused_with_their_line(
     text = "\n".join(["query|document", *rows]).replace("|", "," if suffix == ".csv" else "\t")
     path = tmp_path / f"log{suffix}"
     path.write_text(text)
-    with pytest.raises(ValueError, match=refusal(path.name, "'\"tv", f"in line {line} ", problem, "double theirs")):
+    with pytest.raises(ValueError, match=refusal(path.name, "'\"tv", f"in line {line} ", problem, ".jsonl")):
         load_clicks(path)
+
+
+def test_lines_that_may_be_rows_in_a_file_that_needs_its_quotes_are_one_value_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = 'query,document\nx,"a, b"\nq,"one\ntwo, three"\n'
+    assert values(tmp_path / "log.csv", text) == [("x", "a, b"), ("q", "one\ntwo, three")]
+    (record,) = caplog.records
+    assert "in line 3 is one value with quotes, and several rows" in record.message
+    assert record.message.endswith("It is read as one value.")
 
 
 # Files that are refused.
