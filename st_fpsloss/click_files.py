@@ -1,23 +1,11 @@
-"""Click logs in files: CSV, TSV, Parquet and JSONL, read piece by piece as texts and dicts.
-
-Quotes in CSV and TSV: a value that begins with ``"`` is a quoted one, as in RFC 4180, if all such values of the file
-are well-formed: it ends with ``"`` before a delimiter or a line's end, holds ``""`` for ``"``, and may hold delimiters
-and line breaks. If one is not, quotes are plain characters in the whole of a TSV file, as in the logs of searches, and
-a CSV file is refused. Refused is too what can be read both ways: a well-formed value holds a line break and a
-delimiter, and every line of the file is a whole row if quotes are plain characters. Where other lines need their
-quotes to be rows, such a value is read as one, with a warning.
-"""
+"""Click logs in files: CSV, TSV, Parquet and JSONL, read piece by piece as texts and dicts."""
 
 from __future__ import annotations
 
 import json
-import logging
-import mmap
 import os
-import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,24 +15,12 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from st_fpsloss.click_columns import BATCH_ROWS, dict_array, empty_log
-
-logger = logging.getLogger(__name__)
+from st_fpsloss.csv_quotes import quotes_are_syntax
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*_DELIMITERS, ".parquet", ".jsonl")
 # Bytes of a CSV file that are looked at before it is parsed.
 _START_BYTES = 1 << 16
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# From a value's first quote to its last, which a delimiter, a line's end or the file's end follows.
-_QUOTED = {
-    delimiter: re.compile(rb'"[^"]*(?:""[^"]*)*"(?=[%b\r\n]|\Z)' % delimiter.encode())
-    for delimiter in _DELIMITERS.values()
-}
-# Up to 1,000 quoted values of one line each, to the first quote of the next value: what needs no closer look, at once.
-_PLAINLY_QUOTED = {
-    delimiter: re.compile(rb'(?:"[^"\r\n]*"(?=[%b\r\n])[^"]*(?<=[%b\r\n])(?=")){0,1000}' % ((delimiter.encode(),) * 2))
-    for delimiter in _DELIMITERS.values()
-}
 
 
 def checked_paths(source: Any) -> list[Path]:
@@ -151,82 +127,20 @@ def _read_csv(path: Path, columns: Mapping[str, str]) -> Iterator[pa.Table]:
 
 def _open_csv(path: Path, columns: Sequence[str] = ()) -> pa.csv.CSVStreamingReader:
     """Opens a CSV or TSV file; the named columns, or all, as texts and without values that stand for nothing."""
-    state = path.stat()
-    is_quoted = _is_quoted(path, state.st_size, state.st_mtime_ns)
+    delimiter = _DELIMITERS[path.suffix.lower()]
+    is_quoted = quotes_are_syntax(path, delimiter)
     return pa.csv.open_csv(
         path,
         # A row has to fit into one block.
         read_options=pa.csv.ReadOptions(block_size=1 << 24),
         parse_options=pa.csv.ParseOptions(
-            delimiter=_DELIMITERS[path.suffix.lower()],
+            delimiter=delimiter,
             quote_char='"' if is_quoted else False,
             newlines_in_values=is_quoted,
         ),
         convert_options=pa.csv.ConvertOptions(
             column_types=dict.fromkeys(columns, pa.string()), include_columns=list(columns), strings_can_be_null=False
         ),
-    )
-
-
-@lru_cache(maxsize=64)
-def _is_quoted(path: Path, size: int, changed: int) -> bool:
-    """Whether quotes in a CSV or TSV file are syntax, as the module's docstring says; the cache needs size and time.
-
-    Arrow alone would join the lines between two stray quotes to one value, silently.
-    """
-    delimiter = _DELIMITERS[path.suffix.lower()]
-    ends = (*delimiter.encode(), *b"\r\n")
-    joined = None  # where the first value begins that joins what may be rows
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        first = len(_BYTE_ORDER_MARK) if text[:3] == _BYTE_ORDER_MARK else 0
-        start = text.find(b'"')
-        while start >= 0:
-            end = start + 1
-            if start == first or text[start - 1] in ends:
-                if plain := _PLAINLY_QUOTED[delimiter].match(text, start):
-                    start = plain.end()
-                value = _QUOTED[delimiter].match(text, start)
-                if value is None and delimiter == "\t":
-                    return False
-                if value is None:
-                    raise _unclear_quotes(path, text, start, "begins with a quote and does not end with one")
-                end = value.end()
-                if joined is None and _joins_rows(text, start, end, delimiter):
-                    joined = start
-            start = text.find(b'"', end)
-        if joined is not None:
-            problem = "is one value with quotes, and several rows if they are plain characters"
-            text.seek(0)
-            if _are_rows(iter(text.readline, b""), delimiter):
-                raise _unclear_quotes(path, text, joined, problem)
-            logger.warning("%s It is read as one value.", _unclear_quotes(path, text, joined, problem))
-    return True
-
-
-def _joins_rows(text: mmap.mmap, start: int, end: int, delimiter: str) -> bool:
-    """Whether a quoted value holds a delimiter and a line break, and its lines are whole rows without the quotes."""
-    value = text[start:end]
-    if delimiter.encode() not in value or b"\n" not in value:
-        return False
-    after = text.find(b"\n", end)
-    lines = text[text.rfind(b"\n", 0, start) + 1 : after if after >= 0 else len(text)].splitlines()
-    return _are_rows([text[: text.find(b"\n")], *lines], delimiter)
-
-
-def _are_rows(lines: Iterable[bytes], delimiter: str) -> bool:
-    """Whether all lines have as many values as the first, the header, if quotes are plain characters."""
-    counts = (line.count(delimiter.encode()) for line in lines if line.strip(b"\r\n"))
-    first = next(counts, 0)
-    return all(count == first for count in counts)
-
-
-def _unclear_quotes(path: Path, text: mmap.mmap, start: int, problem: str) -> ValueError:
-    line = text[:start].count(b"\n") + 1
-    shown = text[start : start + 40].splitlines()[0].decode("utf-8", "replace")
-    return ValueError(
-        f"source={str(path)!r}: what begins with {shown!r} in line {line} {problem}. If the quote is a character of "
-        'the value, put the value into quotes and double it (pandas.DataFrame.to_csv does: """tv" is "tv); .jsonl is '
-        "always clear."
     )
 
 

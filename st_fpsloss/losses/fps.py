@@ -36,10 +36,13 @@ class FPSLoss(PopularityCorrectedLoss):
         model: a two-tower model, as :func:`st_fpsloss.two_tower` makes it, or any SentenceTransformer.
         scale: start of α; None for 1/0.07 with cosine and 1 with dot product.
         bias: start of β.
-        learn_scale: learn α. On a small log a learned α can grow past what ranks best, for it minimises the training
-            loss; compare it with a fixed one on validation.
+        learn_scale: learn α, at the trainer's learning rate: Adam moves log α by at most that much a step, so at the
+            2e-5 of a transformer α stays where it starts for thousands of steps. What ranked as well as the best fixed
+            α from every start (``model_cards/comparisons.md``) was a rate of its own,
+            ``learning_rate_mapping={"logit_scale": 2e-2}``, with ``max_scale=30``, since on a small log α grows past
+            what ranks best. Fix it where a run is too short to learn it.
         learn_bias: leave β a parameter. It has no effect in a softmax.
-        max_scale: bound of α.
+        max_scale: bound of α, as in CLIP.
         directions: ``"query_to_doc"``, ``"doc_to_query"`` (the softmax over queries), or both: their mean.
         relevance: ``"mask"``: every row with r > 0 counts the same; ``"weight"``: a row's loss is weighted by r. A row
             with r ≤ 0 is no positive; its document is a negative of the other queries, and of its own.

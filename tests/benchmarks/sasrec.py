@@ -6,7 +6,8 @@ the original's one negative. Protocol, windows and evaluation are those of ``tra
 
     python -m tests.benchmarks.sasrec --output sasrec.jsonl --seeds 0 1 2
 
-appends a line for each seed: settings, metrics, and each user's NDCG@10 on the test, for paired comparisons.
+appends a line for each seed: settings, metrics, and each user's NDCG@10 on the test, for paired comparisons. The
+defaults were the best of three settings on validation.
 """
 
 from __future__ import annotations
@@ -126,14 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=35)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--max_history", type=int, default=50)
-    parser.add_argument("--dropout", type=float, default=0.5)
+    parser.add_argument("--dropout", type=float, default=0.35)
     parser.add_argument("--batch_size", type=int, default=16, help="windows of a history")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     options = parser.parse_args()
     task = make_task(load_movielens_100k(), options.max_history)
     for seed in options.seeds:
