@@ -24,18 +24,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from st_fpsloss.diagnostics import (
-    LossDiagnostics,
-    check_setting,
-    figures_of,
-    prompt_warnings,
-    setting_warnings,
-    summary,
-    training_warnings,
-)
+from st_fpsloss.diagnostics import LossDiagnostics, figures_of, summary, training_warnings
 from st_fpsloss.distributed import world_size
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.negatives import redraw
+from st_fpsloss.setting_checks import check_setting, prompt_warnings, setting_warnings
 from st_fpsloss.towers import freeze_unused_parameters
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, Mu
 from transformers import TrainerCallback
 
 from st_fpsloss import FPSLoss, LossStateCallback, last_complete_checkpoint
-from st_fpsloss.diagnostics import check_setting
+from st_fpsloss.setting_checks import check_setting
 from tests.losses.conftest import small_model
 from tests.training import click_log, trainer, weights
 
@@ -173,7 +173,7 @@ def test_wrappers_do_not_make_a_model_another_one(tmp_path):
     model = small_model()
     loss = FPSLoss(model)
     args = trainer(tmp_path, model=model, loss=loss).args
-    loss.model = torch.nn.DataParallel(torch.compile(model))
+    loss.model = torch.compile(torch.nn.DataParallel(model))
     check_setting(loss, model, args)
     check_setting(loss, torch.compile(model), args)
 

@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 
 from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
-from st_fpsloss.diagnostics import figures_of, prompt_warnings
+from st_fpsloss.diagnostics import figures_of
+from st_fpsloss.setting_checks import prompt_warnings
 from tests.losses.conftest import sentences, small_model
 from tests.training import trainer
 
