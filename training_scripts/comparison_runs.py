@@ -30,7 +30,7 @@ from st_fpsloss import (
     TripletLoss,
     two_tower,
 )
-from st_fpsloss.files import write_whole
+from st_fpsloss.files import append_json_line, json_lines
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.negatives import mixture_frequencies, with_negatives
 from st_fpsloss.towers import id_embedding
@@ -101,19 +101,12 @@ class ResultsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        # Without the newline after it, the last line was cut off by a kill: that run is repeated.
-        self.by_key: dict[str, dict[str, Any]] = {
-            result["key"]: result for result in map(json.loads, filter(None, lines[:-1]))
-        }
-        if lines and lines[-1]:
-            write_whole(path, "\n".join([*lines[:-1], ""]))
+        self.by_key: dict[str, dict[str, Any]] = {result["key"]: result for result in json_lines(path)}
 
     def append(self, run: Run, result: dict[str, Any]) -> None:
         """Keep the result of a run."""
         self.by_key[run.key] = {"key": run.key, **result}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.by_key[run.key]) + "\n")
+        append_json_line(self.path, self.by_key[run.key])
 
 
 class TokenBudget(TrainerCallback, AbstractContextManager["TokenBudget"]):

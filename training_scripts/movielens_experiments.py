@@ -13,7 +13,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
+from st_fpsloss.files import append_json_line, json_lines
 from st_fpsloss.movielens import MovieLens100K, load_movielens_100k
 from st_fpsloss.scripts.command_line import parse
 from st_fpsloss.scripts.movielens_task import Model, Task, make_task
@@ -69,22 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for step, run in runs.items():
             if options.steps and step not in options.steps:
                 continue
-            if any((row["step"], row["seed"]) == (step, seed) for row in read(options.results)):
+            if any((row["step"], row["seed"]) == (step, seed) for row in json_lines(options.results)):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 settings = replace(read_options(["--preset", "best"]), seed=seed, output_dir=Path(folder))
                 set_seed(seed)
                 found = run(data, settings)
-            with open(options.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "seed": seed, **found}) + "\n")
-    print_table(read(options.results), list(runs))
+            append_json_line(options.results, {"step": step, "seed": seed, **found})
+    print_table(json_lines(options.results), list(runs))
     if options.against is not None:
-        print_differences(read(options.results), read(options.against), list(runs))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The runs that are done."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        print_differences(json_lines(options.results), json_lines(options.against), list(runs))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], steps: Sequence[str]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from st_fpsloss.evaluation import RetrievalEvaluator
+from st_fpsloss.files import append_json_line
 from st_fpsloss.movielens import load_movielens_100k
 from st_fpsloss.scripts.movielens_task import Task, make_task
 
@@ -138,9 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     task = make_task(load_movielens_100k(), options.max_history)
     for seed in options.seeds:
-        result = train(task, options, seed)
-        with open(options.output, "a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        append_json_line(options.output, train(task, options, seed))
 
 
 if __name__ == "__main__":
