@@ -76,7 +76,8 @@ def ratings(folder: Path) -> Task:
     them.
     """
     data = load_movielens_100k()
-    stars = data.ratings.map(lambda row: {"query": f"user{row['user_id']}", "document": f"film{row['item_id']}"})
+    stars = data.ratings.add_column("query", [f"user{user}" for user in data.ratings["user_id"]])
+    stars = stars.add_column("document", [f"film{film}" for film in data.ratings["item_id"]])
     part_of = np.minimum(np.random.default_rng(0).random(len(stars)) * 10, 2).astype(int)  # a tenth, a tenth, the rest
     training = stars.select(np.flatnonzero(part_of == 2))
     documents = {film: f"film{film}" for film in data.items["item_id"]}

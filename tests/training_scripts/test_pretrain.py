@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,28 @@ def test_a_pretrained_model_has_a_card_metrics_and_no_need_of_this_package(pretr
     assert (
         "st_fpsloss" not in (pretrained / "modules.json").read_text() + (pretrained / "router_config.json").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "rate", "max_scale"),
+    [
+        ((), 0.05, 30.0),
+        (("--learning_rate_mapping", '{"logit_scale": 0.002}', "--max_scale", 60), 0.002, 60.0),
+        (("--scale", 50), 0.05, 50.0),
+    ],
+)
+def test_alpha_has_a_rate_and_a_bound_of_its_own(
+    folder: Path, tmp_path: Path, words: tuple[str | float, ...], rate: float, max_scale: float
+) -> None:
+    run(
+        "pretrain", *data_of(folder), *towers_of(folder), "--similarity", "cosine", *words, "--learning_rate", 0.005,
+        "--lr_scheduler_type", "constant", "--max_steps", 2, "--save_steps", 2, "--output_dir", tmp_path, *QUIET,
+    )  # fmt: skip
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    first, second = (entry["loss/alpha"] for entry in state["log_history"] if "loss/alpha" in entry)
+    # Adam's steps are about the rate; at the bound none is left.
+    assert abs(math.log(second / first)) == pytest.approx(rate, rel=0.5) or second == pytest.approx(max_scale)
+    assert f'"max_scale": {max_scale}' in (tmp_path / "README.md").read_text()
 
 
 def test_a_run_that_was_interrupted_goes_on_to_the_same_end(folder: Path, tmp_path: Path) -> None:
