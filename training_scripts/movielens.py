@@ -117,7 +117,7 @@ def make_loss(model: SentenceTransformer, task: Task, options: Options, kind: st
     if kind == "fps":
         return FPSLoss(model, scale=options.scale, learn_scale=learn, log_q="corrected", mini_batch_num_tokens=tokens)
     return SampledSoftmaxLoss(
-        model, scale=options.scale, learn_scale=False, catalogue=task.trained, mini_batch_num_tokens=tokens
+        model, scale=options.scale, learn_scale=False, catalogue=task.catalogue, mini_batch_num_tokens=tokens
     )
 
 

@@ -31,6 +31,7 @@ class Task:
     users: dict[int, dict[str, Any]]
     documents: dict[int, Any]
     trained: list[Any]  # documents that have a click in training
+    catalogue: list[Any]  # documents of the softmax over all films: these, unless said otherwise
     rows: Dataset  # query: windows of histories, every prefix of which is a click, for PrefixCollator
     clicks: int  # how many clicks the rows hold
     queries: dict[int, Any]  # user -> query at test, that is with the validation film
@@ -87,12 +88,14 @@ def make_task(
 
     windows = next_item_windows(kept(train), **COLUMNS, max_history=max_history)
     counts = Counter(kept(train)["item_id"])
+    trained = [document for item, document in documents.items() if counts[item]]
     asked, seen = queries(known), films_by_user(known)
     evaluator = partial(RetrievalEvaluator, corpus=documents, at=CUTOFFS, batch_size=256)
     return Task(
         users=users,
         documents=documents,
-        trained=[document for item, document in documents.items() if counts[item]],
+        trained=trained,
+        catalogue=trained,
         rows=Dataset.from_dict(
             {
                 "query": [
