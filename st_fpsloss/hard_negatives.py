@@ -77,13 +77,13 @@ def mine_hard_negatives(
     check_columns(clicks, [query, document])
     _check_ranks(first_rank, last_rank, margin)
     inputs = clicks.with_format(None)
-    query_of_row = _keys(model, inputs[query][:], "query")
-    documents = _keys(model, inputs[document][:], "document").tolist()
+    query_of_row = input_keys(model, inputs[query][:], "query")
+    documents = input_keys(model, inputs[document][:], "document").tolist()
     asks = is_positive(clicks)
     ids_of = _ids_by_key(model, index)
     pairs = list(zip(query_of_row[asks].tolist(), (documents[row] for row in np.flatnonzero(asks)), strict=True))
     known_queries, known_documents = pairs_of(known_positives)
-    known = _keys(model, known_queries, "query").tolist(), _keys(model, known_documents, "document").tolist()
+    known = input_keys(model, known_queries, "query").tolist(), input_keys(model, known_documents, "document").tolist()
     positives = _positive_ids([*pairs, *zip(*known, strict=True)], ids_of)
 
     asking = np.unique(query_of_row[asks])
@@ -103,17 +103,12 @@ def mine_hard_negatives(
     return clicks.add_column(HARD_NEGATIVES, pools)
 
 
-def _keys(model: SentenceTransformer, inputs: Sequence[Any], task: str) -> np.ndarray:
-    """What each input (N,) is known by to a tower."""
-    return input_keys(model, inputs, task) if len(inputs) else np.empty(0, dtype=np.int64)
-
-
 def _ids_by_key(model: SentenceTransformer, index: DocumentIndex) -> dict[int, list[Any]]:
     """The ids of the documents of an index by what the tower reads; several may read alike."""
     inputs = {document_id: index.document(document_id) for document_id in index.ids}
     known = {document_id: document for document_id, document in inputs.items() if document is not None}
     ids_of: dict[int, list[Any]] = defaultdict(list)
-    for document_id, key in zip(known, _keys(model, list(known.values()), "document").tolist(), strict=True):
+    for document_id, key in zip(known, input_keys(model, list(known.values()), "document").tolist(), strict=True):
         ids_of[key].append(document_id)
     return ids_of
 

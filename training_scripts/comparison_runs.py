@@ -159,7 +159,8 @@ def _model(task: Task, similarity: str) -> SentenceTransformer:
 
 
 def _pairs(run: Run, stage: Stage, task: Task) -> Dataset:
-    if stage.graded and task.graded is not None:
+    if stage.graded:
+        assert task.graded is not None, f"{run.data} has no grades"
         return task.graded
     if stage.negatives:
         return with_negatives(task.pairs, num_negatives=stage.negatives, power=stage.power, seed=run.seed)

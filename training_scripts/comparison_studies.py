@@ -12,26 +12,26 @@ SCALE_STARTS = (5.0, 10.0, 1 / 0.07)
 BATCH_SIZES = (64, 256, 1024, 4096)
 NORM_PENALTIES = (1e-4, 1e-3, 1e-2)
 SCALE = 10.0  # fixed, of every softmax and of PairCE, where a study is not about it; see the study "scale"
+WITH_FIXED_SCALE = {"scale": SCALE, "learn_scale": False}
 
 Configuration = tuple[tuple[Stage, ...], str]  # stages, similarity
 
 
 def fps(**settings: Any) -> Stage:
     """FPSLoss with the popularity correction and a fixed α, unless ``settings`` say otherwise."""
-    return Stage("fps", {"log_q": "corrected", "scale": SCALE, "learn_scale": False, **settings})
+    return Stage("fps", {"log_q": "corrected", **WITH_FIXED_SCALE, **settings})
 
 
-PAIR_CE = Stage("pair_ce", {"scale": SCALE, "learn_scale": False}, negatives=NUM_NEGATIVES, power=0.0)
+PAIR_CE = Stage("pair_ce", WITH_FIXED_SCALE, negatives=NUM_NEGATIVES, power=0.0)
 TRIPLET = Stage("triplet", {"margin": 0.3}, negatives=NUM_NEGATIVES, power=0.0)
-SOFTMAX = {"scale": SCALE, "learn_scale": False}
 FINE_TUNING = {
     "PairCE": PAIR_CE,
     "PairCE, popular negatives": replace(PAIR_CE, power=0.75),
     "triplet": TRIPLET,
     "triplet, popular negatives": replace(TRIPLET, power=0.75),
-    "sampled softmax": Stage("sampled_softmax", {**SOFTMAX, "log_q": "corrected"}, negatives=NUM_NEGATIVES),
-    "sampled softmax without log_q": Stage("sampled_softmax", SOFTMAX, negatives=NUM_NEGATIVES),
-    "catalogue softmax": Stage("sampled_softmax", SOFTMAX, catalogue=True),
+    "sampled softmax": Stage("sampled_softmax", {**WITH_FIXED_SCALE, "log_q": "corrected"}, negatives=NUM_NEGATIVES),
+    "sampled softmax without log_q": Stage("sampled_softmax", WITH_FIXED_SCALE, negatives=NUM_NEGATIVES),
+    "catalogue softmax": Stage("sampled_softmax", WITH_FIXED_SCALE, catalogue=True),
     "sigmoid": Stage("sigmoid", {"scale": SCALE}),
 }
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from st_fpsloss.callbacks import LossStateCallback, last_complete_checkpoint
 from st_fpsloss.evaluation import RetrievalEvaluator
-from st_fpsloss.input_codes import LABEL_COLUMNS, distinct, is_positive
+from st_fpsloss.input_codes import LABEL_COLUMNS, is_positive, spelling
 from st_fpsloss.losses.base import ClickLoss
 
 _SCALE_SPEED = 10
@@ -70,11 +70,14 @@ def check_rows(rows: Dataset, drawn: Sequence[Any] = ()) -> None:
             f"--label_column: all {len(rows)} training rows have r <= 0, so there is no click to learn from. Name a "
             "column that is above 0 for clicks, or leave out --label_column where every row is one."
         )
-    documents = distinct(chain(rows.with_format(None)["document"], drawn))
-    if len(documents) == 1 and not any(name.startswith("negative_") for name in rows.column_names):
+    if any(name.startswith("negative_") for name in rows.column_names):
+        return
+    documents = chain(rows.with_format(None)["document"], drawn)
+    first = next(documents)
+    if all(spelling(other) == spelling(first) for other in documents):  # ends at the second document
         raise ValueError(
             f"--document_column: all {len(rows)} training rows have one and the same document, "
-            f"{reprlib.repr(next(iter(documents.values())))}, so there is nothing to compare it with. Name the column "
+            f"{reprlib.repr(first)}, so there is nothing to compare it with. Name the column "
             "of the documents, or pass rows with at least two."
         )
 
