@@ -1,10 +1,10 @@
 """Two-tower retrieval models from click logs, for sentence-transformers."""
 
-from st_fpsloss.callbacks import LossStateCallback, last_complete_checkpoint
 from st_fpsloss.evaluation import RetrievalEvaluator
-from st_fpsloss.index import DocumentIndex
 from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+from st_fpsloss.retrieval import DocumentIndex
 from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, freeze_unused_parameters, two_tower
+from st_fpsloss.training import LossStateCallback, last_complete_checkpoint
 
 __all__ = [
     "Categorical",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset
 
-from st_fpsloss.clicks import load_clicks
+from st_fpsloss.data import load_clicks
 
 ROWS = [
     {"session": 1, "asked": "red shoes", "item": "leather shoe", "other": "tent", "worse": "stove", "clicks": 1.0},

@@ -56,7 +56,7 @@ def test_movielens_prints_what_it_writes(movielens):
 
 
 def test_movielens_top_k_gives_the_metrics_of_the_table(movielens):
-    from st_fpsloss.movielens import load_movielens_100k
+    from st_fpsloss.data.movielens import load_movielens_100k
 
     folder, _ = movielens
     header, *lines = (folder / "topk.tsv").read_text().splitlines()

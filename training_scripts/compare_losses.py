@@ -24,10 +24,10 @@ from comparison_data import TASKS, Task
 from comparison_runs import ResultsFile, Run, execute
 from comparison_studies import STUDIES
 
+from st_fpsloss.cli.command_line import parse
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
-from st_fpsloss.files import write_whole
-from st_fpsloss.popularity_metrics import click_deciles
-from st_fpsloss.scripts.command_line import parse
+from st_fpsloss.evaluation.popularity import click_deciles
+from st_fpsloss.utils.files import write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -17,11 +17,11 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 from st_fpsloss import RetrievalEvaluator
-from st_fpsloss.clicks import histories, next_item_pairs
-from st_fpsloss.files import write_whole
-from st_fpsloss.graded import graded_pairs
-from st_fpsloss.movielens import load_movielens_100k
-from st_fpsloss.scripts.movielens_task import COLUMNS, films_by_user
+from st_fpsloss.cli.movielens_task import COLUMNS, films_by_user
+from st_fpsloss.data import histories, next_item_pairs
+from st_fpsloss.data.movielens import load_movielens_100k
+from st_fpsloss.negatives.graded import graded_pairs
+from st_fpsloss.utils.files import write_whole
 
 MAX_HISTORY = 10
 # Installed with this package; their sources are parsed, not imported.

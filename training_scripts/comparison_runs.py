@@ -30,10 +30,10 @@ from st_fpsloss import (
     TripletLoss,
     two_tower,
 )
-from st_fpsloss.files import append_json_line, json_lines
 from st_fpsloss.losses.base import ClickLoss
-from st_fpsloss.negatives import mixture_frequencies, with_negatives
+from st_fpsloss.negatives.sampled import mixture_frequencies, with_negatives
 from st_fpsloss.towers import id_embedding
+from st_fpsloss.utils.files import append_json_line, json_lines
 
 logger = logging.getLogger(__name__)
 

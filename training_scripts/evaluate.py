@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from st_fpsloss.click_evaluation import clicks_evaluator
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.data import DataArguments, warn_of_missing_documents
+from st_fpsloss.cli.models import load_model
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
-from st_fpsloss.files import write_whole
-from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.data import DataArguments, warn_of_missing_documents
-from st_fpsloss.scripts.models import load_model
+from st_fpsloss.evaluation.from_clicks import clicks_evaluator
+from st_fpsloss.utils.files import write_whole
 
 Interval = dict[str, float]
 

@@ -45,12 +45,12 @@ from dataclasses import dataclass, field
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 
-from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
-from st_fpsloss.scripts.loss import LossArguments, LossName, make_loss
-from st_fpsloss.scripts.models import load_model
-from st_fpsloss.scripts.negatives import NegativeArguments
-from st_fpsloss.scripts.training import check_rows, run, set_columns, start_logging
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.data import DataArguments, EvaluationArguments
+from st_fpsloss.cli.loss import LossArguments, LossName, make_loss
+from st_fpsloss.cli.models import load_model
+from st_fpsloss.cli.negatives import NegativeArguments
+from st_fpsloss.cli.training import check_rows, run, set_columns, start_logging
 
 
 @dataclass

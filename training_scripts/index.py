@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from st_fpsloss import DocumentIndex
-from st_fpsloss.clicks import load_inputs
-from st_fpsloss.files import write_whole
-from st_fpsloss.input_codes import distinct
-from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.data import check_source_column, source_of
-from st_fpsloss.scripts.models import load_model
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.data import check_source_column, source_of
+from st_fpsloss.cli.models import load_model
+from st_fpsloss.data import load_inputs
+from st_fpsloss.data.inputs import distinct
+from st_fpsloss.utils.files import write_whole
 
 STDIN = "-"
 

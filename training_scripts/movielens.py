@@ -30,12 +30,12 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import set_seed
 
 from st_fpsloss import DocumentIndex, FPSLoss, LossStateCallback, RetrievalEvaluator, SampledSoftmaxLoss
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.movielens_task import Model, Task, build_model
+from st_fpsloss.data.movielens import load_movielens_100k
 from st_fpsloss.evaluation import bootstrap_interval
-from st_fpsloss.files import write_whole
 from st_fpsloss.losses.base import ClickLoss
-from st_fpsloss.movielens import load_movielens_100k
-from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.movielens_task import Model, Task, build_model
+from st_fpsloss.utils.files import write_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -27,13 +27,13 @@ from movielens import fit, make_loss, read_options, test_metrics, train_task
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.movielens_task import Model, Task, make_task
+from st_fpsloss.data.movielens import MovieLens100K, load_movielens_100k
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
-from st_fpsloss.files import append_json_line, json_lines
-from st_fpsloss.movielens import MovieLens100K, load_movielens_100k
-from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.movielens_task import Model, Task, make_task
 from st_fpsloss.towers import Categorical, Numerical, Tags, Tower, id_embedding, two_tower
-from st_fpsloss.towers.feature import Feature
+from st_fpsloss.towers.features.base import Feature
+from st_fpsloss.utils.files import append_json_line, json_lines
 
 WORDS_OF_LAST = 10
 """Films whose words are a query, in the steps without a history."""

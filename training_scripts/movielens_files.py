@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from st_fpsloss.files import write_whole
-from st_fpsloss.movielens import load_movielens_100k
-from st_fpsloss.scripts.command_line import parse
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.data.movielens import load_movielens_100k
+from st_fpsloss.utils.files import write_whole
 
 
 @dataclass

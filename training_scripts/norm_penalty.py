@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_fpsloss import FPSLoss
-from st_fpsloss.click_batch import ClickBatch
+from st_fpsloss.batch.clicks import ClickBatch
 
 
 class NormPenaltyFPSLoss(FPSLoss):

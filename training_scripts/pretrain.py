@@ -43,11 +43,11 @@ from collections.abc import Sequence
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import set_seed
 
-from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
-from st_fpsloss.scripts.loss import LossArguments, make_loss
-from st_fpsloss.scripts.models import TowerArguments
-from st_fpsloss.scripts.training import check_rows, run, set_columns, speed_up_scale, start_logging
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.data import DataArguments, EvaluationArguments
+from st_fpsloss.cli.loss import LossArguments, make_loss
+from st_fpsloss.cli.models import TowerArguments
+from st_fpsloss.cli.training import check_rows, run, set_columns, speed_up_scale, start_logging
 
 KINDS = (DataArguments, TowerArguments, LossArguments, EvaluationArguments, SentenceTransformerTrainingArguments)
 DEFAULTS = {"output_dir": "runs/pretrain", "per_device_train_batch_size": 512}

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from st_fpsloss.batch_encoding import BatchPlan, CachedEncoding, encode
-from st_fpsloss.click_batch import ClickBatch, Duplicates, Relevance
-from st_fpsloss.distributed import Exchange, gather_clicks, world_size
-from st_fpsloss.known_positives import KnownPositives
+from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
+from st_fpsloss.batch.distributed import Exchange, gather_clicks, world_size
+from st_fpsloss.batch.encoded import EncodedClicks, unique_by_id
+from st_fpsloss.batch.known_positives import KnownPositives
+from st_fpsloss.encoding.gradient_cache import CachedEncoding, encode
+from st_fpsloss.encoding.plan import BatchPlan
+from st_fpsloss.encoding.prefixes import rows_of_column
+from st_fpsloss.encoding.rows import Features, TokenizedRows, routes_by_task
 from st_fpsloss.losses.checks import (
     Similarity,
     check_cache_gradients,
@@ -28,9 +32,6 @@ from st_fpsloss.losses.checks import (
     check_shape,
     similarity_of,
 )
-from st_fpsloss.losses.encoded_clicks import EncodedClicks, unique_by_id
-from st_fpsloss.prefix_rows import rows_of_column
-from st_fpsloss.rows import Features, Rows, routes_by_task
 
 logger = logging.getLogger(__name__)
 
@@ -136,19 +137,21 @@ class ClickLoss(nn.Module, ABC):
     def check_batch(self, num_columns: int, labels: Tensor | None) -> None:
         """Raise a ValueError if the loss has nothing to learn from batches of this form."""
 
-    def needed_rows(self, relevance: Tensor, columns: Sequence[Rows]) -> list[Tensor | None]:
+    def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows]) -> list[Tensor | None]:
         """For each column, the (M,) bool rows whose embeddings the loss uses; None for all."""
         return [None] * len(columns)
 
-    def further_documents(self, num_rows: int) -> list[tuple[Rows, Tensor]]:
+    def extra_candidates(self, num_rows: int) -> list[tuple[TokenizedRows, Tensor]]:
         """Documents beside those of the batch: columns of ``num_rows`` rows, and which of them are needed, as bool."""
         return []
 
-    def observe(self, batch: ClickBatch) -> ClickBatch:
+    def add_corrections(self, batch: ClickBatch) -> ClickBatch:
         """Add to a batch what the loss knows of its rows from elsewhere (known positives, log Q)."""
         if self.known_positives is None:
             return batch
-        return replace(batch, known_positives=self.known_positives.cells(batch.query_keys, batch.document_keys))
+        return replace(
+            batch, known_positives=self.known_positives.cells(batch.query_fingerprints, batch.document_fingerprints)
+        )
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch as the trainer collates it.
@@ -173,14 +176,14 @@ class ClickLoss(nn.Module, ABC):
         num_tokens = self._num_tokens(relevance.device)
         needed = self.needed_rows(relevance, columns)
         needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
-        for rows, wanted in self.further_documents(len(relevance)):
+        for rows, wanted in self.extra_candidates(len(relevance)):
             columns.append(rows)
             needed.append(wanted)
         plan = BatchPlan.from_columns(columns, needed, num_tokens)
         clicks = EncodedClicks.from_plan(plan, relevance)
         if self._gathers:
             clicks = clicks.gathered()
-        clicks = replace(clicks, batch=self.observe(clicks.batch))
+        clicks = replace(clicks, batch=self.add_corrections(clicks.batch))
         if self.cache_gradients and torch.is_grad_enabled():
             kept_num_tokens = num_tokens if self.cache_gradients is True else self.cache_gradients
             encoding = CachedEncoding(self.model, plan, kept_num_tokens)
@@ -238,11 +241,13 @@ class ClickLoss(nn.Module, ABC):
         device = embeddings[0].device
         dtype = torch.promote_types(embeddings[0].dtype, torch.float32)
         relevance = check_relevance(labels, num_rows, device, dtype)
-        queries, query, query_keys = unique_by_id(embeddings[:1], query_ids, "query_ids")
-        documents, document, document_keys = unique_by_id(embeddings[1:], document_ids, "document_ids")
+        queries, query, query_fingerprints = unique_by_id(embeddings[:1], query_ids, "query_ids")
+        documents, document, document_fingerprints = unique_by_id(embeddings[1:], document_ids, "document_ids")
         check_shape("document_log_q", document_log_q, (num_documents, num_rows))
         check_shape("query_log_q", query_log_q, (num_rows,))
-        batch = ClickBatch(query[0], document, relevance, query_keys, document_keys, query_log_q, document_log_q)
+        batch = ClickBatch(
+            query[0], document, relevance, query_fingerprints, document_fingerprints, query_log_q, document_log_q
+        )
         if not self._gathers:
             return self._loss(queries, documents, batch)
         return self._loss(queries, documents, *gather_clicks(batch))
@@ -317,7 +322,7 @@ class ClickLoss(nn.Module, ABC):
                 "several processes each learns an α of its own."
             )
 
-    def _check_columns(self, columns: Sequence[Rows]) -> None:
+    def _check_columns(self, columns: Sequence[TokenizedRows]) -> None:
         if len(columns) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least the columns query and document, but the data set has "

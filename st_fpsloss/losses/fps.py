@@ -10,15 +10,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_fpsloss.click_batch import ClickBatch, Direction, Duplicates, LogQ, Relevance
-from st_fpsloss.frequencies import Frequencies
+from st_fpsloss.batch.clicks import ClickBatch, Direction, Duplicates, LogQ, Relevance
+from st_fpsloss.encoding.rows import TokenizedRows
+from st_fpsloss.frequencies.table import Frequencies
 from st_fpsloss.losses.checks import Similarity
-from st_fpsloss.losses.popularity import PopularityCorrectedLoss
-from st_fpsloss.objectives import full_product_softmax
-from st_fpsloss.rows import Rows
+from st_fpsloss.losses.log_q import LogQLoss
+from st_fpsloss.objectives.softmax import full_product_softmax
 
 
-class FPSLoss(PopularityCorrectedLoss):
+class FPSLoss(LogQLoss):
     """Full product softmax: every document of the batch is a negative for every other query.
 
     Given clicks (query, document, relevance r), each query should tell its document from all other documents of the
@@ -55,7 +55,7 @@ class FPSLoss(PopularityCorrectedLoss):
             None does not correct. On a log where a few documents have most of the clicks, this decides about the
             quality of the ranking.
         frequencies: what counts how often rows occur, by ``"query"`` and ``"document"``: a
-            :class:`st_fpsloss.frequencies.FrequencyTable`, or a :class:`st_fpsloss.frequency_sketch.FrequencySketch`
+            :class:`st_fpsloss.frequencies.FrequencyTable`, or a :class:`st_fpsloss.frequencies.FrequencySketch`
             for many millions of distinct rows. None counts exactly, during training.
         known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
             no negatives of that query in any batch; needs ``duplicates="mask"``.
@@ -137,7 +137,7 @@ class FPSLoss(PopularityCorrectedLoss):
         )
         self.directions = _check_directions(directions)
 
-    def needed_rows(self, relevance: Tensor, columns: Sequence[Rows]) -> list[Tensor | None]:
+    def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows]) -> list[Tensor | None]:
         """Queries of rows with r ≤ 0 ask nothing, and document to query knows no negative documents."""
         positive = relevance > 0
         if self.directions == ("query_to_doc",):
@@ -146,16 +146,16 @@ class FPSLoss(PopularityCorrectedLoss):
             return [None, positive, *[torch.zeros_like(positive)] * (len(columns) - 2)]
         return [None] * len(columns)
 
-    def observe(self, batch: ClickBatch) -> ClickBatch:
+    def add_corrections(self, batch: ClickBatch) -> ClickBatch:
         """Add known positives; count the batch's rows and look up their log Q."""
-        batch = super().observe(batch)
+        batch = super().add_corrections(batch)
         if self.log_q is None:
             return batch
         query_log_q = document_log_q = None
         if "query_to_doc" in self.directions:
-            document_log_q = self.count_and_look_up("document", batch.document, batch.document_keys)
+            document_log_q = self.count_and_look_up("document", batch.document, batch.document_fingerprints)
         if "doc_to_query" in self.directions:
-            query_log_q = self.count_and_look_up("query", batch.query, batch.query_keys)
+            query_log_q = self.count_and_look_up("query", batch.query, batch.query_fingerprints)
         return replace(batch, query_log_q=query_log_q, document_log_q=document_log_q)
 
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:

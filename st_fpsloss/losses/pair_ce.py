@@ -7,11 +7,11 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from st_fpsloss.click_batch import Duplicates, Relevance
+from st_fpsloss.batch.clicks import Duplicates, Relevance
 from st_fpsloss.losses.checks import Similarity
-from st_fpsloss.losses.negative_choice import NegativeChoice, Negatives
+from st_fpsloss.losses.negative_strategy import Negatives, NegativeStrategy
 from st_fpsloss.losses.pairwise import PairwiseLoss
-from st_fpsloss.pairwise_objectives import Logistic
+from st_fpsloss.objectives.pairwise import Logistic
 
 
 class PairCELoss(PairwiseLoss):
@@ -98,7 +98,7 @@ class PairCELoss(PairwiseLoss):
     ) -> None:
         super().__init__(
             model,
-            NegativeChoice(negatives, hardest),
+            NegativeStrategy(negatives, hardest),
             scale=scale,
             learn_scale=learn_scale,
             max_scale=max_scale,

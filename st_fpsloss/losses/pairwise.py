@@ -10,22 +10,22 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_fpsloss.click_batch import ClickBatch
-from st_fpsloss.distributed import over_ranks
+from st_fpsloss.batch.clicks import ClickBatch
+from st_fpsloss.batch.distributed import over_ranks
+from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives, in_batch_negatives, pair_logits
+from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.base import ClickLoss
-from st_fpsloss.losses.negative_choice import NegativeChoice
-from st_fpsloss.negative_cells import NegativeCells, Positives, cell_logits, explicit_cells, in_batch_pairs_of
-from st_fpsloss.pairwise_objectives import PairObjective, in_batch_pairs
-from st_fpsloss.rows import Rows
+from st_fpsloss.losses.negative_strategy import NegativeStrategy
+from st_fpsloss.objectives.pairwise import PairObjective, in_batch_pairs
 
 
 class PairwiseLoss(ClickLoss):
     """Base of the losses that are a mean over pairs of a row with r > 0 and one of its negatives."""
 
-    def __init__(self, model: SentenceTransformer, choice: NegativeChoice, **shared: Any) -> None:
+    def __init__(self, model: SentenceTransformer, choice: NegativeStrategy, **shared: Any) -> None:
         # β cancels in R⁺ - R⁻.
         super().__init__(model, bias=0.0, learn_bias=False, **shared)
-        self.choice = choice
+        self.strategy = choice
 
     @property
     @abstractmethod
@@ -34,20 +34,20 @@ class PairwiseLoss(ClickLoss):
 
     def check_batch(self, num_columns: int, labels: Tensor | None) -> None:
         """Explicit negatives need columns, or rows that were shown and not clicked."""
-        self.choice.check(num_columns, labels)
+        self.strategy.check(num_columns, labels)
 
-    def needed_rows(self, relevance: Tensor, columns: Sequence[Rows]) -> list[Tensor | None]:
+    def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows]) -> list[Tensor | None]:
         """Rows with r ≤ 0 ask nothing; what they are negatives of depends on the choice of negatives."""
-        return self.choice.needed_rows(relevance, columns, self._gathers)
+        return self.strategy.needed_rows(relevance, columns, self._gathers)
 
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
         """Weighted mean of the loss over all pairs of the batch."""
         positives = Positives.of(batch, self.relevance)
-        if self.choice.is_explicit(len(batch.document)):
-            cells = explicit_cells(batch, positives, self.duplicates)
+        if self.strategy.is_explicit(len(batch.document)):
+            cells = explicit_negatives(batch, positives, self.duplicates)
             total = (positives.weight[cells.positive] * cells.count).sum()
-            own = positives.is_own(batch)
-            loss = self._over_cells(queries, documents, positives.select(own), cells.of(own))
+            own = positives.is_local(batch)
+            loss = self._over_pairs(queries, documents, positives.select(own), cells.of(own))
         else:
             loss, total = self._in_batch(queries, documents, batch, positives)
         return loss / total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -56,28 +56,28 @@ class PairwiseLoss(ClickLoss):
         self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum over this process's pairs, and the weight of the pairs of all processes."""
-        pairs = in_batch_pairs_of(batch, positives, self.duplicates)
+        pairs = in_batch_negatives(batch, positives, self.duplicates)
         num_pairs = pairs.pairs_of_each_row()
         mine = positives
         if self._gathers:
-            mine = positives.select(positives.is_own(batch))
-            pairs = in_batch_pairs_of(batch, mine, self.duplicates)
-        if self.choice.hardest is not None:
-            num_pairs = num_pairs.clamp_max(self.choice.hardest)
-            cells = self.choice.hardest_of(pairs, queries[mine.query], documents)
-            loss = self._over_cells(queries, documents, mine, cells)
+            mine = positives.select(positives.is_local(batch))
+            pairs = in_batch_negatives(batch, mine, self.duplicates)
+        if self.strategy.hardest is not None:
+            num_pairs = num_pairs.clamp_max(self.strategy.hardest)
+            cells = self.strategy.hardest_of(pairs, queries[mine.query], documents)
+            loss = self._over_pairs(queries, documents, mine, cells)
         else:
             alpha = self.logit_scale.exp()
             loss, weight = in_batch_pairs(queries[mine.query], documents, alpha, pairs, self.pair_objective)
-            if self.choice.semi_hard:  # which pairs count depends on the embeddings
+            if self.strategy.semi_hard:  # which pairs count depends on the embeddings
                 return loss, over_ranks(weight, "sum") if self._gathers else weight
         return loss, (positives.weight * num_pairs).sum()
 
-    def _over_cells(self, queries: Tensor, documents: Tensor, positives: Positives, cells: NegativeCells) -> Tensor:
-        positive, negative = cell_logits(queries, documents, self.logit_scale.exp(), positives, cells)
+    def _over_pairs(self, queries: Tensor, documents: Tensor, positives: Positives, cells: NegativePairs) -> Tensor:
+        positive, negative = pair_logits(queries, documents, self.logit_scale.exp(), positives, cells)
         weight = positives.weight[cells.positive] * cells.count
         return (weight * self.pair_objective.value(positive[cells.positive] - negative)).sum()
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
-        return {**super().get_config_dict(), **self.choice.get_config_dict()}
+        return {**super().get_config_dict(), **self.strategy.get_config_dict()}

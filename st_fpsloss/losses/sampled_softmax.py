@@ -10,19 +10,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_fpsloss.cell_objectives import sampled_softmax
-from st_fpsloss.click_batch import ClickBatch, Duplicates, LogQ, Relevance
-from st_fpsloss.frequencies import Frequencies
-from st_fpsloss.losses.catalogue import Catalogue
+from st_fpsloss.batch.clicks import ClickBatch, Duplicates, LogQ, Relevance
+from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives, in_batch_negatives, pair_logits
+from st_fpsloss.encoding.rows import TokenizedRows
+from st_fpsloss.frequencies.table import Frequencies
 from st_fpsloss.losses.checks import Similarity
-from st_fpsloss.losses.negative_choice import NegativeChoice, Negatives
-from st_fpsloss.losses.popularity import PopularityCorrectedLoss
-from st_fpsloss.negative_cells import NegativeCells, Positives, cell_logits, explicit_cells, in_batch_pairs_of
-from st_fpsloss.objectives import SoftmaxTargets, full_product_softmax
-from st_fpsloss.rows import Rows
+from st_fpsloss.losses.corpus import Catalogue
+from st_fpsloss.losses.log_q import LogQLoss
+from st_fpsloss.losses.negative_strategy import Negatives, NegativeStrategy
+from st_fpsloss.objectives.sampled_softmax import sampled_softmax
+from st_fpsloss.objectives.softmax import SoftmaxTargets, full_product_softmax
 
 
-class SampledSoftmaxLoss(PopularityCorrectedLoss):
+class SampledSoftmaxLoss(LogQLoss):
     """Softmax over a query's positive and its n sampled negatives: the classic choice after pretraining.
 
     ``-log( exp R(q, d⁺) / Σ exp R(q, d_i) )`` over d⁺ and the negatives d_i,
@@ -52,7 +52,7 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
             2019), ``"corrected"`` from the negatives alone (arXiv 2507.09331; needs ``duplicates="mask"``), None does
             not correct. With explicit negatives Q is the distribution of the negative columns.
         frequencies: what counts how often rows occur, by ``"document"``: a
-            :class:`st_fpsloss.frequencies.FrequencyTable`, or a :class:`st_fpsloss.frequency_sketch.FrequencySketch`
+            :class:`st_fpsloss.frequencies.FrequencyTable`, or a :class:`st_fpsloss.frequencies.FrequencySketch`
             for many millions of distinct rows. None counts exactly, during training.
         known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
             no negatives of that query in any batch; needs ``duplicates="mask"``.
@@ -134,7 +134,7 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
             cache_gradients=cache_gradients,
             gather_across_devices=gather_across_devices,
         )
-        self.choice = NegativeChoice(negatives, hardest)
+        self.strategy = NegativeStrategy(negatives, hardest)
         if hardest is not None and log_q is not None:
             raise ValueError("`log_q` corrects for drawn negatives, `hardest` does not draw: pass one of them.")
         self.catalogue: Catalogue | None = None
@@ -150,30 +150,30 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
     def check_batch(self, num_columns: int, labels: Tensor | None) -> None:
         """Explicit negatives need columns, or rows that were shown and not clicked."""
         if self.catalogue is None:
-            self.choice.check(num_columns, labels)
+            self.strategy.check(num_columns, labels)
 
-    def needed_rows(self, relevance: Tensor, columns: Sequence[Rows]) -> list[Tensor | None]:
+    def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows]) -> list[Tensor | None]:
         """Rows with r ≤ 0 ask nothing; what they are negatives of depends on the choice of negatives."""
         if self.catalogue is None:
-            return self.choice.needed_rows(relevance, columns, self._gathers)
+            return self.strategy.needed_rows(relevance, columns, self._gathers)
         positive = relevance > 0  # all documents are in the catalogue
         return [positive, positive, *[torch.zeros_like(positive)] * (len(columns) - 2)]
 
-    def further_documents(self, num_rows: int) -> list[tuple[Rows, Tensor]]:
+    def extra_candidates(self, num_rows: int) -> list[tuple[TokenizedRows, Tensor]]:
         """The catalogue."""
         if self.catalogue is None:
             return []
         return self.catalogue.columns(num_rows, self.logit_scale.device, same_on_all_ranks=self._gathers)
 
-    def observe(self, batch: ClickBatch) -> ClickBatch:
+    def add_corrections(self, batch: ClickBatch) -> ClickBatch:
         """Add known positives and log Q; check that the catalogue has every positive."""
         if self.catalogue is not None:
             self.catalogue.check(batch)
-        batch = super().observe(batch)
+        batch = super().add_corrections(batch)
         if self.log_q is None:
             return batch
-        drawn = slice(1, None) if self.choice.is_explicit(len(batch.document)) else slice(None)
-        log_q = self.count_and_look_up("document", batch.document, batch.document_keys, drawn)
+        drawn = slice(1, None) if self.strategy.is_explicit(len(batch.document)) else slice(None)
+        log_q = self.count_and_look_up("document", batch.document, batch.document_fingerprints, drawn)
         return replace(batch, document_log_q=log_q)
 
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
@@ -181,36 +181,36 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
         self.check_log_q("document_log_q", batch)
         if self.catalogue is not None:
             return self._over_all(queries, documents, batch)
-        explicit = self.choice.is_explicit(len(batch.document))
-        if not explicit and self.choice.hardest is None:
+        explicit = self.strategy.is_explicit(len(batch.document))
+        if not explicit and self.strategy.hardest is None:
             anchors, targets = batch.softmax_targets("query_to_doc", self.relevance, self.duplicates, self.log_q)
             return full_product_softmax(queries[anchors], documents, self.logit_scale.exp(), targets)
         positives = Positives.of(batch, self.relevance)
-        own = positives.is_own(batch)
+        own = positives.is_local(batch)
         mine = positives.select(own)
         if explicit:
-            cells = explicit_cells(batch, positives, self.duplicates).of(own)
+            cells = explicit_negatives(batch, positives, self.duplicates).of(own)
         else:
-            pairs = in_batch_pairs_of(batch, mine, self.duplicates)
-            cells = self.choice.hardest_of(pairs, queries[mine.query], documents)
-        return self._over_cells(queries, documents, batch, mine, cells)
+            pairs = in_batch_negatives(batch, mine, self.duplicates)
+            cells = self.strategy.hardest_of(pairs, queries[mine.query], documents)
+        return self._over_pairs(queries, documents, batch, mine, cells)
 
     def _over_all(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
         """Softmax over all distinct documents, each standing in the sum once."""
         positives = Positives.of(batch, self.relevance)
-        positives = positives.select(positives.is_own(batch))
+        positives = positives.select(positives.is_local(batch))
         anchors, anchor = torch.unique(positives.query, return_inverse=True)
         targets = SoftmaxTargets(
             anchor, positives.document, positives.weight, candidate_log_weight=documents.new_zeros(len(documents))
         )
         return full_product_softmax(queries[anchors], documents, self.logit_scale.exp(), targets)
 
-    def _over_cells(
-        self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives, cells: NegativeCells
+    def _over_pairs(
+        self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives, cells: NegativePairs
     ) -> Tensor:
         """Softmax of each positive over its own negatives; a positive without any has no loss."""
         alpha = self.logit_scale.exp()
-        positive, negative = cell_logits(queries, documents, alpha, positives, cells)
+        positive, negative = pair_logits(queries, documents, alpha, positives, cells)
         negative = negative + cells.count.log()
         if self.log_q is not None and batch.document_log_q is not None and cells.column is not None:
             log_q = batch.document_log_q.to(negative.dtype)
@@ -220,7 +220,7 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
         asking, row = torch.unique(cells.positive, return_inverse=True)
         return (positives.weight[asking] * sampled_softmax(positive[asking], negative, row)).sum()
 
-    def _log_weights(self, log_q: Tensor, log_unmasked_q: Tensor, cells: NegativeCells) -> Tensor:
+    def _log_weights(self, log_q: Tensor, log_unmasked_q: Tensor, cells: NegativePairs) -> Tensor:
         """What ``log_q`` adds to each explicit negative (K,).
 
         A document that was shown and not clicked (it stands in column 0) was not drawn, so it is not corrected for
@@ -241,7 +241,7 @@ class SampledSoftmaxLoss(PopularityCorrectedLoss):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
-        own = self.choice.get_config_dict() if self.catalogue is None else {"catalogue": len(self.catalogue)}
+        own = self.strategy.get_config_dict() if self.catalogue is None else {"catalogue": len(self.catalogue)}
         return {**super().get_config_dict(), **own}
 
     @property

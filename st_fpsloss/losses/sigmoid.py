@@ -10,12 +10,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_fpsloss.click_batch import ClickBatch, Duplicates, Relevance
-from st_fpsloss.distributed import over_ranks
+from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
+from st_fpsloss.batch.distributed import over_ranks
+from st_fpsloss.batch.negatives import sigmoid_targets
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.checks import Similarity
-from st_fpsloss.negative_cells import sigmoid_targets
-from st_fpsloss.sigmoid_objective import sigmoid_over_cells
+from st_fpsloss.objectives.sigmoid import sigmoid_over_pairs
 
 
 class SigmoidLoss(ClickLoss):
@@ -118,7 +118,7 @@ class SigmoidLoss(ClickLoss):
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
         """Sum over the cells, divided by the rows with r > 0."""
         targets = sigmoid_targets(batch, self.relevance, self.duplicates)
-        return sigmoid_over_cells(queries, documents, self.logit_scale.exp(), self._bias_for(batch), targets)
+        return sigmoid_over_pairs(queries, documents, self.logit_scale.exp(), self._bias_for(batch), targets)
 
     def _bias_for(self, batch: ClickBatch) -> Tensor:
         """β; before the first training batch, what it would start at with this one."""

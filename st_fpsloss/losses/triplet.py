@@ -7,11 +7,11 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from st_fpsloss.click_batch import Duplicates, Relevance
+from st_fpsloss.batch.clicks import Duplicates, Relevance
 from st_fpsloss.losses.checks import Similarity
-from st_fpsloss.losses.negative_choice import NegativeChoice, Negatives
+from st_fpsloss.losses.negative_strategy import Negatives, NegativeStrategy
 from st_fpsloss.losses.pairwise import PairwiseLoss
-from st_fpsloss.pairwise_objectives import Hinge
+from st_fpsloss.objectives.pairwise import Hinge
 
 
 class TripletLoss(PairwiseLoss):
@@ -101,7 +101,7 @@ class TripletLoss(PairwiseLoss):
             raise ValueError(f"`margin` must be a finite number above 0, got {margin!r}.")
         super().__init__(
             model,
-            NegativeChoice(negatives, hardest, semi_hard),
+            NegativeStrategy(negatives, hardest, semi_hard),
             scale=scale,
             learn_scale=learn_scale,
             max_scale=max_scale,
@@ -118,7 +118,7 @@ class TripletLoss(PairwiseLoss):
     @property
     def pair_objective(self) -> Hinge:
         """``max(0, margin - (R⁺ - R⁻))``."""
-        return Hinge(self.margin, self.choice.semi_hard)
+        return Hinge(self.margin, self.strategy.semi_hard)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from st_fpsloss.towers.features import Categorical, History, Numerical, Tags
-from st_fpsloss.towers.id_modules import id_embedding, id_transformer
+from st_fpsloss.towers.features.kinds import Categorical, History, Numerical, Tags
+from st_fpsloss.towers.from_scratch import id_embedding, id_transformer
 from st_fpsloss.towers.tower import Tower, freeze_unused_parameters
 from st_fpsloss.towers.two_tower import two_tower
 

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import InputModule, Pool
 from torch import nn
 
 from st_fpsloss.towers.checks import positive_int, probability
-from st_fpsloss.towers.features import Feature, checked_features
+from st_fpsloss.towers.features.kinds import Feature, checked_features
 
 # Where transformers keeps the list of layers: BERT, RoBERTa, MPNet | ModernBERT, Qwen | DistilBERT | BART-like
 # encoders | T5 | GPT-2.

@@ -18,9 +18,9 @@ from sentence_transformers.sentence_transformer.modules import (
 from torch import nn
 
 from st_fpsloss.towers.checks import positive_int
-from st_fpsloss.towers.document_bias import BiasDimension, DocumentBias
-from st_fpsloss.towers.feature_input import FeatureInput
-from st_fpsloss.towers.feature_modules import FeatureFusion
+from st_fpsloss.towers.modules.document_bias import BiasDimension, DocumentBias
+from st_fpsloss.towers.modules.feature_encoders import FeatureFusion
+from st_fpsloss.towers.modules.feature_input import FeatureInput
 from st_fpsloss.towers.tower import Tower, freeze_unused_parameters, load_input_module
 
 SIMILARITIES = ("dot", "cosine")

@@ -1,9 +1,9 @@
 """What data loading (reading rows, collating, tokenizing) costs beside the rest of a step of the stock trainer.
 
 The Zipf click log (see ``zipf.py``), through the stock trainer's own data loader, with the stock collator and with
-:class:`st_fpsloss.collator.DistinctCollator`. Towers: ``text`` MiniLM documents and 2-layer MiniLM queries; ``static``
-a StaticEmbedding of 256 dimensions for both; ``features`` those of ``feature_cost.py`` without text, a history of
-up to 50 ids for queries. The step is forward, backward and AdamW.
+:class:`st_fpsloss.training.DeduplicatingCollator`. Towers: ``text``: MiniLM documents, 2-layer MiniLM queries;
+``static`` a StaticEmbedding of 256 dimensions for both; ``features`` those of ``feature_cost.py`` without text, a
+history of up to 50 ids for queries. The step is forward, backward and AdamW.
 
 Run:
     python -m tests.benchmarks.data_loading --batch_size 4096 --towers static features
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from transformers import AutoTokenizer
 
 from st_fpsloss import FPSLoss, Tower, two_tower
-from st_fpsloss.collator import DistinctCollator
+from st_fpsloss.training.collator import DeduplicatingCollator
 from tests.benchmarks import feature_cost
 from tests.benchmarks.training_step import minilm
 from tests.benchmarks.zipf import zipf_clicks
@@ -81,12 +81,12 @@ def trainer(towers: str, batch_size: int, num_steps: int) -> SentenceTransformer
 
 
 def measure(towers: str, batch_size: int, num_steps: int) -> tuple[float, float, float]:
-    """Median seconds of data loading, the same with DistinctCollator, and of the rest of a step."""
+    """Median seconds of data loading, the same with DeduplicatingCollator, and of the rest of a step."""
     training = trainer(towers, batch_size, num_steps)
     optimizer = torch.optim.AdamW([p for p in training.model.parameters() if p.requires_grad], lr=2e-5)
     loadings = []
     rest: list[float] = []
-    for collator in (training.data_collator, DistinctCollator(training.model, training.args)):
+    for collator in (training.data_collator, DeduplicatingCollator(training.model, training.args)):
         training.data_collator = collator
         batches: Iterator[dict[str, Any]] = iter(training.get_train_dataloader())
         seconds = []
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     print(f"{options.batch_size} rows, medians of {options.steps} steps, {torch.get_num_threads()} threads\n")
-    print("| towers | data loading, s | with DistinctCollator, s | the rest of the step, s | share | ours |")
+    print("| towers | data loading, s | with DeduplicatingCollator, s | the rest of the step, s | share | ours |")
     print("|---|---|---|---|---|---|")
     for towers in options.towers:
         stock, ours, rest = measure(towers, options.batch_size, options.steps)

@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, two_tower
-from st_fpsloss.towers.feature import Feature
+from st_fpsloss.towers.features.base import Feature
 from tests.benchmarks.zipf import zipf_clicks
 
 NUM_ITEMS, NUM_TAGS = 20_000, 200

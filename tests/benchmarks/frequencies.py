@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from st_fpsloss import FPSLoss
-from st_fpsloss.frequencies import Frequencies, FrequencyTable
-from st_fpsloss.frequency_sketch import FrequencySketch
-from st_fpsloss.hashing import mix
+from st_fpsloss.frequencies.sketch import FrequencySketch
+from st_fpsloss.frequencies.table import Frequencies, FrequencyTable
+from st_fpsloss.utils.hashing import mix
 from tests.benchmarks.memory import MIB, peak, reset_peak, resident
 from tests.losses.conftest import small_model
 

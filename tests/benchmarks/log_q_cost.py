@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss import FPSLoss
-from st_fpsloss.click_batch import ClickBatch
-from st_fpsloss.diagnostics import figures_of
+from st_fpsloss.batch.clicks import ClickBatch
+from st_fpsloss.training.diagnostics import batch_statistics
 from tests.benchmarks.training_step import build_model
 from tests.benchmarks.zipf import NUM_DISTINCT, zipf_clicks
 from tests.losses.conftest import small_model
@@ -57,7 +57,7 @@ def stepper(settings: dict, batch_size: int) -> tuple[FPSLoss, Callable[[], floa
     def stage() -> float:
         start = time.process_time()
         batch = ClickBatch(query, document[None], torch.ones(batch_size), *keys)
-        loss._loss(*leaves, loss.observe(batch)).backward()
+        loss._loss(*leaves, loss.add_corrections(batch)).backward()
         return time.process_time() - start
 
     return loss, stage
@@ -76,7 +76,7 @@ def stage_seconds(batch_size: int, runs: int) -> dict[str, float]:
     figures = []
     for _ in range(runs):
         start = time.process_time()
-        figures_of(loss)
+        batch_statistics(loss)
         figures.append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in {**seconds, "the guard's figures": figures}.items()}
 

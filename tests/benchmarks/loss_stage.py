@@ -15,7 +15,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from st_fpsloss.objectives import SoftmaxTargets, full_product_softmax
+from st_fpsloss.objectives.softmax import SoftmaxTargets, full_product_softmax
 from tests.benchmarks.memory import MIB, peak, reset_peak, resident
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from datasets import Dataset
 
-from st_fpsloss.negatives import with_negatives
+from st_fpsloss.negatives.sampled import with_negatives
 
 NUM_NEGATIVES, CHUNK = 10, 200_000
 

@@ -19,10 +19,10 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
 from st_fpsloss import FPSLoss, LossStateCallback
-from st_fpsloss.movielens import load_movielens_100k
-from st_fpsloss.next_item import next_item_windows
-from st_fpsloss.prefix_collator import PrefixCollator
+from st_fpsloss.data.movielens import load_movielens_100k
+from st_fpsloss.data.next_item import next_item_windows
 from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, two_tower
+from st_fpsloss.training.prefix_collator import PrefixCollator
 
 MAX_HISTORY = 50
 WINDOWS_A_BATCH, CLICKS_A_BATCH = 16, 512

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from st_fpsloss.frequencies import FrequencyTable
-from st_fpsloss.frequency_sketch import FrequencySketch
+from st_fpsloss.frequencies.sketch import FrequencySketch
+from st_fpsloss.frequencies.table import FrequencyTable
 from tests.benchmarks.frequencies import cost, stream
 
 

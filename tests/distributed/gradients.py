@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
 
 from st_fpsloss import FPSLoss, LossStateCallback
-from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.frequencies.table import FrequencyTable
 from st_fpsloss.losses.base import ClickLoss
 from tests.distributed.cases import MODELS, Case, arguments, cases
 from tests.losses.conftest import gradients

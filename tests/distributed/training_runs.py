@@ -14,9 +14,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from st_fpsloss import FPSLoss
-from st_fpsloss.frequency_sketch import FrequencySketch
+from st_fpsloss.frequencies.sketch import FrequencySketch
 from tests.losses.conftest import small_model
-from tests.training import click_log, trainer, weights
+from tests.training.runs import click_log, trainer, weights
 
 GATHERED = {"directions": ("query_to_doc", "doc_to_query"), "gather_across_devices": True, "log_q": "corrected"}
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_steps": 6}
@@ -83,7 +83,7 @@ def fine_tuning_with_a_trainable_pooler(output_dir: Path) -> dict[str, Any]:
     model = SentenceTransformer(str(output_dir / "model"), device="cpu")
     before = trainable_poolers(model)
     messages = Messages()
-    logger = logging.getLogger("st_fpsloss.callbacks")
+    logger = logging.getLogger("st_fpsloss.training.callbacks")
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
     done = run(output_dir, {}, model=model, max_steps=2, ddp_find_unused_parameters=False)

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from st_fpsloss import FPSLoss, LossStateCallback
 from tests.distributed.gradients import mismatches, step
-from tests.test_prefixes import HISTORIES, make_model, one_by_one, whole
+from tests.encoding.test_prefixes import HISTORIES, make_model, one_by_one, whole
 
 
 def compare() -> dict[str, dict[str, float]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_fpsloss import FPSLoss
-from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.frequencies.table import FrequencyTable
 from tests.losses import reference
 from tests.losses.agreement import random_batch
 from tests.losses.conftest import clicks, gradients, small_model

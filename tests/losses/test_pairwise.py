@@ -25,7 +25,7 @@ def formula(loss, explicit: bool):
     def value(U, W, alpha, beta, query, document, r):
         return reference.pairwise(
             U, W, alpha, query, document, r, pair_loss(loss), explicit, loss.duplicates, loss.relevance,
-            loss.choice.hardest, loss.margin if loss.choice.semi_hard else None,
+            loss.strategy.hardest, loss.margin if loss.strategy.semi_hard else None,
         )  # fmt: skip
 
     return value
@@ -58,8 +58,8 @@ def test_value_and_gradients_equal_the_float64_formula(kind, options, duplicates
 @pytest.mark.parametrize("options", [dict(), dict(hardest=3)], ids=str)
 def test_the_tiling_changes_nothing(monkeypatch, kind, options):
     batch = random_batch(40, 1, 0)[:5]
-    monkeypatch.setattr("st_fpsloss.objectives._TILE_CELLS_CPU", 100)
-    monkeypatch.setattr("st_fpsloss.cell_objectives._CHUNK_NUMBERS", 20)
+    monkeypatch.setattr("st_fpsloss.objectives.softmax._TILE_CELLS_CPU", 100)
+    monkeypatch.setattr("st_fpsloss.objectives.sampled_softmax._CHUNK_NUMBERS", 20)
     loss = kind(MODEL, learn_scale=True, negatives="in_batch", **options)
     assert_agrees(loss, formula(loss, explicit=False), batch)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss
-from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.frequencies.table import FrequencyTable
 from tests.losses import reference
 from tests.losses.agreement import assert_agrees, random_batch
 from tests.losses.conftest import clicks, gradients, small_model
@@ -18,7 +18,7 @@ MODEL = small_model()
 def formula(loss: SampledSoftmaxLoss, explicit: bool, document_log_q=None):
     def value(U, W, alpha, beta, query, document, r):
         return reference.sampled_softmax(
-            U, W, alpha, query, document, r, explicit, loss.duplicates, loss.relevance, loss.choice.hardest,
+            U, W, alpha, query, document, r, explicit, loss.duplicates, loss.relevance, loss.strategy.hardest,
             loss.log_q, None if document_log_q is None else document_log_q.to(U.dtype),
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_value_and_gradients_equal_the_float64_formula(duplicates, relevance, si
 
 
 def test_the_tiling_changes_nothing(monkeypatch):
-    monkeypatch.setattr("st_fpsloss.objectives._TILE_CELLS_CPU", 100)
+    monkeypatch.setattr("st_fpsloss.objectives.softmax._TILE_CELLS_CPU", 100)
     loss = SigmoidLoss(MODEL, bias=-1.0)
     assert_agrees(loss, formula(loss), random_batch(40, 1, 0)[:5])
 

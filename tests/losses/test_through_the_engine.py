@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from st_fpsloss import LossStateCallback, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
 from tests.losses import reference
 from tests.losses.conftest import clicks, gradients, small_model, static_query_model
-from tests.training import trainer
+from tests.training.runs import trainer
 
 LABELS = torch.tensor([1.0, 0.0, 2.0, 1.0, -1.0, 1.0, 0.5, 0.0, 1.0])
 MODES = [

@@ -17,10 +17,11 @@ from torch import nn
 
 import st_fpsloss
 from st_fpsloss import FPSLoss, LossStateCallback
-from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, id_transformer, package_module, two_tower
-from st_fpsloss.towers.document_bias import DocumentBias
-from st_fpsloss.towers.feature_input import FeatureInput
-from st_fpsloss.towers.feature_modules import FeatureFusion
+from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, id_transformer, two_tower
+from st_fpsloss.towers.modules import base as package_module
+from st_fpsloss.towers.modules.document_bias import DocumentBias
+from st_fpsloss.towers.modules.feature_encoders import FeatureFusion
+from st_fpsloss.towers.modules.feature_input import FeatureInput
 
 IDS = [f"i{n}" for n in range(20)]
 GENRES = ["drama", "comedy", "horror"]

@@ -9,9 +9,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from st_fpsloss.index import DocumentIndex
+from st_fpsloss.retrieval.index import DocumentIndex
 from st_fpsloss.towers import Tower, two_tower
-from st_fpsloss.towers.document_bias import DocumentBias
+from st_fpsloss.towers.modules.document_bias import DocumentBias
 from tests.towers.conftest import DOCUMENTS, QUERIES, featured_model, features, kinds, open_gates, words
 
 TEXTS = ["i1 i2", "i3", "", "i4 i5 i6"]

@@ -8,7 +8,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss import FPSLoss
-from st_fpsloss.rows import Rows
+from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.towers import id_embedding
 from tests.losses.conftest import gradients
 from tests.towers.conftest import CLICKS, IDS, columns, featured_model, first, train
@@ -31,13 +31,13 @@ def test_rows_are_unique_by_text_and_features_whatever_batch_they_are_in(text: s
         {**row, "year": 1991},
         {**row, "genres": None},
     ]
-    keys = Rows.from_features(model.preprocess([row, *others, row], task="document")).keys()
+    keys = TokenizedRows.from_features(model.preprocess([row, *others, row], task="document")).fingerprints()
     assert len(set(keys.tolist())) == 5 and keys[0] == keys[-1]
-    assert Rows.from_features(model.preprocess([row], task="document")).keys()[0] == keys[0]
+    assert TokenizedRows.from_features(model.preprocess([row], task="document")).fingerprints()[0] == keys[0]
     seen = [{"seen": ["i1"]}, {"seen": ["i1", "i2"]}, {"seen": ["i2", "i1"]}, {}]
-    keys = Rows.from_features(model.preprocess(seen, task="query")).keys()
+    keys = TokenizedRows.from_features(model.preprocess(seen, task="query")).fingerprints()
     assert len(set(keys.tolist())) == 4
-    assert Rows.from_features(model.preprocess(seen[:1], task="query")).keys()[0] == keys[0]
+    assert TokenizedRows.from_features(model.preprocess(seen[:1], task="query")).fingerprints()[0] == keys[0]
 
 
 @pytest.mark.parametrize("text", ["words", "static", None])

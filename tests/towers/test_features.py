@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 
 from st_fpsloss.towers import Categorical, History, Numerical, Tags
-from st_fpsloss.towers.feature_values import bucket
-from st_fpsloss.towers.features import feature_from_dict
+from st_fpsloss.towers.features.kinds import feature_from_dict
+from st_fpsloss.towers.features.values import bucket
 
 GENRES = ["drama", "comedy", "horror"]
 ALL_KINDS = [

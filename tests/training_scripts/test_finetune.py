@@ -11,8 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from st_fpsloss.scripts.negatives import NegativeArguments
-from st_fpsloss.scripts.training import check_rows
+from st_fpsloss.cli.negatives import NegativeArguments
+from st_fpsloss.cli.training import check_rows
 from tests.click_logs import refusal
 from tests.training_scripts.conftest import QUIET, SCRIPTS, data_of, log_rows, run, weights_of, write
 

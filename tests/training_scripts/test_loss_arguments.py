@@ -5,9 +5,9 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss import Tower, two_tower
+from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.loss import LossArguments, make_loss
 from st_fpsloss.losses.base import ClickLoss
-from st_fpsloss.scripts.command_line import parse
-from st_fpsloss.scripts.loss import LossArguments, make_loss
 from st_fpsloss.towers import id_embedding
 
 CLICKS = Dataset.from_dict({"query": ["a"], "document": ["b"]})

@@ -10,8 +10,8 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from st_fpsloss.movielens import load_movielens_100k
-from st_fpsloss.scripts.movielens_task import Model, build_model, title_words
+from st_fpsloss.cli.movielens_task import Model, build_model, title_words
+from st_fpsloss.data.movielens import load_movielens_100k
 from tests.training_scripts.conftest import SCRIPTS
 
 sys.path.insert(0, str(SCRIPTS))  # the script's parts stand beside it, as when it is run

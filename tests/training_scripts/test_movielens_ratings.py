@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from st_fpsloss.graded import graded_pairs
+from st_fpsloss.negatives.graded import graded_pairs
 from tests.training_scripts.conftest import QUIET, SCRIPTS, run, weights_of
 
 FEATURES = [

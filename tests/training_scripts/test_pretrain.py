@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from st_fpsloss.scripts.data import DataArguments, EvaluationArguments
-from st_fpsloss.scripts.models import TowerArguments
-from st_fpsloss.scripts.training import set_columns
+from st_fpsloss.cli.data import DataArguments, EvaluationArguments
+from st_fpsloss.cli.models import TowerArguments
+from st_fpsloss.cli.training import set_columns
 from tests.click_logs import refusal
 from tests.training_scripts.conftest import NAMES, QUIET, SCRIPTS, data_of, main_of, run, towers_of, weights_of, write
 

@@ -1,4 +1,4 @@
-"""Ranking metrics as an ``evaluate`` module: the numbers of :func:`st_fpsloss.ranking_metrics.ranking_metrics`."""
+"""Ranking metrics as an ``evaluate`` module: the numbers of :func:`st_fpsloss.evaluation.metrics.ranking_metrics`."""
 
 # evaluate reads the imports of this file line by line, and takes `import a, b` for one package: one import a line.
 from __future__ import annotations
@@ -11,7 +11,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from st_fpsloss.ranking_metrics import check_at, check_grades, list_ranks, ranking_metrics
+from st_fpsloss.evaluation.metrics import check_at, check_grades, list_ranks, ranking_metrics
 
 logger = logging.getLogger(__name__)
 

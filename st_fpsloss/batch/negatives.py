@@ -1,0 +1,189 @@
+"""Which documents are the negatives of which click: columns named for it, or the columns of the whole batch.
+
+Turns a :class:`st_fpsloss.batch.clicks.ClickBatch` into the cells that the losses on pairs, on sampled negatives and on
+single cells work on. Everything is O(rows + columns + positives): the M×M cells are never listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance, renumbered
+from st_fpsloss.objectives.pairwise import InBatchPairs
+from st_fpsloss.objectives.sampled_softmax import indexed_dot
+from st_fpsloss.objectives.sigmoid import SigmoidTargets
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The P rows of a batch with r > 0.
+
+    Args:
+        row: (P,) number of the row in the batch.
+        query: (P,) number of its query.
+        document: (P,) number of its document.
+        weight: (P,) weight of its loss; they sum to 1 over the whole batch.
+    """
+
+    row: Tensor
+    query: Tensor
+    document: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, batch: ClickBatch, relevance: Relevance) -> Positives:
+        """All positives of a batch, sorted by query."""
+        row = (batch.relevance > 0).nonzero().flatten()
+        row = row[torch.argsort(batch.query[row], stable=True)]
+        return cls(row, batch.query[row], batch.document[0, row], batch.pair_weights(relevance)[row])
+
+    def select(self, index: Tensor) -> Positives:
+        """The positives at ``index``, numbers or bool."""
+        return Positives(self.row[index], self.query[index], self.document[index], self.weight[index])
+
+    def is_local(self, batch: ClickBatch) -> Tensor:
+        """The positives (P,), as bool, that this process is to learn."""
+        own = torch.zeros(len(batch.relevance), dtype=torch.bool, device=self.row.device)
+        own[batch.local_rows] = True
+        return own[self.row]
+
+
+@dataclass(frozen=True)
+class NegativePairs:
+    """Negatives listed one by one.
+
+    Args:
+        positive: (K,) number of the positive (an index of :class:`Positives`) that each negative belongs to.
+        document: (K,) number of the negative document.
+        count: (K,) how many negatives the cell stands for.
+        column: (2, K) document column and row that the negative stands in, or None for documents without a place.
+    """
+
+    positive: Tensor
+    document: Tensor
+    count: Tensor
+    column: Tensor | None = None
+
+    def of(self, chosen: Tensor) -> NegativePairs:
+        """The negatives of some positives, (P,) bool, in numbers of these alone."""
+        number = torch.cumsum(chosen, dim=0) - 1
+        kept = chosen[self.positive]
+        column = None if self.column is None else self.column[:, kept]
+        return NegativePairs(number[self.positive[kept]], self.document[kept], self.count[kept], column)
+
+
+def pair_logits(
+    queries: Tensor, documents: Tensor, alpha: Tensor, positives: Positives, cells: NegativePairs
+) -> tuple[Tensor, Tensor]:
+    """R = α·(dot product) of the positives (P,) and of their negatives (K,), from unique embeddings."""
+    rows = torch.cat([positives.query, positives.query[cells.positive]])
+    columns = torch.cat([positives.document, cells.document])
+    positive, negative = (alpha * indexed_dot(queries, documents, rows, columns)).split(
+        [len(positives.row), len(cells.positive)]
+    )
+    return positive, negative
+
+
+def explicit_negatives(batch: ClickBatch, positives: Positives, duplicates: Duplicates) -> NegativePairs:
+    """The negatives that each positive's own row names, and what was shown to its query and not clicked.
+
+    Args:
+        batch: the clicks; a row's negatives are its document columns after the first.
+        positives: all positives of the batch.
+        duplicates: ``"mask"`` leaves out a document that is a positive of the query anywhere in the batch.
+    """
+    number = torch.arange(len(positives.row), device=positives.row.device)
+    num_negatives = len(batch.document) - 1
+    columns = torch.arange(1, num_negatives + 1, device=number.device)
+    named = torch.stack([columns.repeat_interleave(len(number)), positives.row.repeat(num_negatives)])
+    shown_number, shown_row = _shown_to_the_same_query(batch, positives)
+    shown = torch.stack([torch.zeros_like(shown_row), shown_row])
+
+    positive = torch.cat([number.repeat(num_negatives), shown_number])
+    column = torch.cat([named, shown], dim=1)
+    document = batch.document[column[0], column[1]]
+    if duplicates == "mask":
+        kept = ~_is_cell_of(
+            batch.false_negatives(), positives.query[positive], document, len(batch.document_fingerprints)
+        )
+        positive, document, column = positive[kept], document[kept], column[:, kept]
+    return NegativePairs(positive, document, torch.ones_like(document).to(batch.relevance.dtype), column)
+
+
+def in_batch_negatives(batch: ClickBatch, positives: Positives, duplicates: Duplicates) -> InBatchPairs:
+    """Every positive with every document column of the batch.
+
+    ``"mask"`` leaves out documents that are positives of the query; ``"keep"`` only the positive's own column.
+    """
+    count = _column_counts(batch)
+    if duplicates == "keep":
+        group = torch.arange(len(positives.row), device=count.device)
+        cells, removed = torch.stack([group, positives.document]), torch.ones_like(positives.weight)
+    else:
+        queries, group = torch.unique(positives.query, return_inverse=True)
+        cells = renumbered(batch.false_negatives(), queries, len(batch.query_fingerprints))
+        removed = count[cells[1]]
+    return InBatchPairs(positives.document, positives.weight, group, count, cells, removed)
+
+
+def sigmoid_targets(batch: ClickBatch, relevance: Relevance, duplicates: Duplicates) -> SigmoidTargets:
+    """Every row's query against every document column; a yes at the row's own document if r > 0.
+
+    Cells are divided by the sum of the weights of rows with r > 0. With ``relevance="weight"`` a row's cells weigh r;
+    those of a row with r ≤ 0, all of them negatives, weigh 1.
+    """
+    positives = Positives.of(batch, relevance)
+    mine = positives.select(positives.is_local(batch))
+    weight = _row_weights(batch, relevance)[batch.local_rows]
+    count = _column_counts(batch)
+    query_weight = torch.zeros(len(batch.query_fingerprints), dtype=weight.dtype, device=weight.device)
+    query_weight.index_add_(0, batch.query[batch.local_rows], weight)
+
+    yes = torch.stack([mine.query, mine.document])
+    if duplicates == "keep":
+        false_negatives, removed = yes, mine.weight
+    else:
+        false_negatives = batch.false_negatives()
+        removed = query_weight[false_negatives[0]] * count[false_negatives[1]]
+    return SigmoidTargets(query_weight, count, false_negatives, removed, yes, mine.weight)
+
+
+def _row_weights(batch: ClickBatch, relevance: Relevance) -> Tensor:
+    """Weights (M,) of all rows of the sigmoid loss; 0 in a batch without positives."""
+    positive = batch.relevance > 0
+    weights = torch.where(positive & (relevance == "weight"), batch.relevance, 1.0).to(batch.relevance.dtype)
+    total = weights[positive].sum()
+    return weights / total if total > 0 else torch.zeros_like(weights)
+
+
+def _column_counts(batch: ClickBatch) -> Tensor:
+    """How many document columns (B,) hold each document."""
+    held = batch.document[batch.document >= 0]
+    return torch.bincount(held, minlength=len(batch.document_fingerprints)).to(batch.relevance.dtype)
+
+
+def _shown_to_the_same_query(batch: ClickBatch, positives: Positives) -> tuple[Tensor, Tensor]:
+    """Each positive with each row of r ≤ 0 of its query: (number of the positive, row)."""
+    shown = ((batch.relevance <= 0) & (batch.query >= 0) & (batch.document[0] >= 0)).nonzero().flatten()
+    shown = shown[torch.argsort(batch.query[shown], stable=True)]
+    number, entry = _join(positives.query, batch.query[shown])
+    return number, shown[entry]
+
+
+def _join(values: Tensor, sorted_values: Tensor) -> tuple[Tensor, Tensor]:
+    """All (i, j) with ``values[i] == sorted_values[j]``, sorted."""
+    begin = torch.searchsorted(sorted_values, values)
+    matches = torch.searchsorted(sorted_values, values, right=True) - begin
+    number = torch.repeat_interleave(matches)
+    return number, torch.arange(len(number), device=number.device) + (begin - matches.cumsum(0) + matches)[number]
+
+
+def _is_cell_of(cells: Tensor, query: Tensor, document: Tensor, num_documents: int) -> Tensor:
+    """Whether each (query, document) is among the sorted ``cells`` (2, C)."""
+    if cells.shape[1] == 0:
+        return torch.zeros_like(query, dtype=torch.bool)
+    flat, wanted = (pair[0] * num_documents + pair[1] for pair in (cells, (query, document)))
+    return flat[torch.searchsorted(flat, wanted).clamp_max(len(flat) - 1)] == wanted

@@ -1,0 +1,1 @@
+"""The command line: reading data, making models and losses, and the runs."""

@@ -1,0 +1,171 @@
+"""The model of a script: loaded from a folder or the Hub, or built out of two towers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+from st_fpsloss.towers import Tower, two_tower
+from st_fpsloss.towers.features.kinds import KINDS, Feature, feature_from_dict
+
+
+def load_model(model: str, trust_remote_code: bool = False) -> SentenceTransformer:
+    """Loads a model from a folder or from the Hub.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return SentenceTransformer(model, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"{model!r} is neither the folder of a model nor the id of one on the Hub: {error}") from error
+
+
+@dataclass
+class TowerArguments:
+    """The two towers to build."""
+
+    query_model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the queries' encoder; none for a tower of features alone"}
+    )
+    document_model: str | None = field(default=None, metadata={"help": "the same for documents"})
+    shared_tower: bool = field(
+        default=False, metadata={"help": "documents share the queries' tower: leave out the document_ arguments"}
+    )
+    query_layers: int | None = field(default=None, metadata={"help": "keep the encoder's first so many layers"})
+    document_layers: int | None = field(default=None, metadata={"help": "the same for documents"})
+    query_max_seq_length: int | None = field(default=None, metadata={"help": "cut queries at so many tokens"})
+    document_max_seq_length: int | None = field(default=None, metadata={"help": "cut documents at so many tokens"})
+    query_features: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"side features of the queries, as name=kind; kinds: {', '.join(KINDS)}"},
+    )
+    document_features: list[str] = field(default_factory=list, metadata={"help": "side features of the documents"})
+    query_prompt: str | None = field(default=None, metadata={"help": "put before every query"})
+    document_prompt: str | None = field(default=None, metadata={"help": "put before every document"})
+    pooling: str = field(default="mean", metadata={"help": "how token embeddings become one"})
+    hidden_dims: list[int] = field(
+        default_factory=lambda: [512], metadata={"help": "widths of the hidden layers; 0 for none"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "of the hidden layers"})
+    embedding_dim: int = field(default=256, metadata={"help": "size of the embeddings"})
+    similarity: Literal["dot", "cosine"] = field(default="dot", metadata={"help": "how embeddings are compared"})
+    document_bias: bool = field(default=False, metadata={"help": "a learned score for each document"})
+
+    def build(self, rows: Dataset) -> SentenceTransformer:
+        """Builds the model, its features fitted on the training rows.
+
+        Raises:
+            ValueError: If an argument is unfit, or the rows lack a feature.
+        """
+        query = self._tower("query", rows)
+        prompts = {"query": self.query_prompt, "document": self.document_prompt}
+        return two_tower(
+            query=query,
+            document=query if self.shared_tower else self._tower("document", rows),
+            embedding_dim=self.embedding_dim,
+            similarity=self.similarity,
+            document_bias=self.document_bias,
+            prompts={name: prompt for name, prompt in prompts.items() if prompt} or None,
+        )
+
+    def _tower(self, side: str, rows: Dataset) -> Tower:
+        model, features = getattr(self, f"{side}_model"), fitted_features(getattr(self, f"{side}_features"), rows, side)
+        for column in ("query", "document") if self.shared_tower else (side,):
+            check_keys(features, rows, column, side, reads_text=model is not None)
+        return Tower(
+            model,
+            num_hidden_layers=getattr(self, f"{side}_layers"),
+            max_seq_length=getattr(self, f"{side}_max_seq_length"),
+            features=features,
+            pooling=self.pooling,
+            hidden_dims=() if self.hidden_dims == [0] else tuple(self.hidden_dims),
+            dropout=self.dropout,
+        )
+
+    def __post_init__(self) -> None:
+        of_documents = ("document_model", "document_layers", "document_max_seq_length", "document_features")
+        given = [name for name in of_documents if getattr(self, name)]
+        if self.shared_tower and given:
+            raise ValueError(f"--{given[0]} and --shared_tower contradict each other: leave one out.")
+        for side in ("query", "document")[: 1 if self.shared_tower else 2]:
+            if getattr(self, f"{side}_model") is None and not getattr(self, f"{side}_features"):
+                raise ValueError(f"Pass --{side}_model, a Hub id or a folder, or --{side}_features, or both.")
+
+
+def fitted_features(described: Sequence[str], rows: Dataset, column: str) -> list[Feature]:
+    """Makes features out of their descriptions, fitted on the dicts of a column.
+
+    Args:
+        described: ``name=kind``, or a feature's JSON, as ``{"type": "Categorical", "name": "user", "buckets": 1000}``.
+        rows: The training rows.
+        column: ``"query"`` or ``"document"``.
+
+    Raises:
+        ValueError: If a description is none, the column holds texts, or its dicts lack a feature.
+    """
+    if not described:
+        return []
+    values = rows.with_format(None)[column][:]
+    keys = _keys(values)
+    features = [_feature(text, column) for text in described]
+    for feature in features:
+        if feature.name not in keys:
+            held = f"dicts with the keys {keys}" if keys else "texts"
+            raise ValueError(
+                f"--{column}_features: the column of the {column} holds {held}, so there is no {feature.name!r}. "
+                "Features are keys of JSON objects in a .jsonl file, or of structs in Parquet."
+            )
+    return [feature.fit(value.get(feature.name) for value in values) for feature in features]
+
+
+def check_keys(features: Sequence[Feature], rows: Dataset, column: str, side: str, reads_text: bool) -> None:
+    """Refuses dicts with a key that their tower would not know, before it is trained.
+
+    Args:
+        features: Those of the tower; without any, its encoder decides what it reads.
+        rows: The training rows.
+        column: ``"query"`` or ``"document"``, whose dicts go through the tower.
+        side: The tower, ``"query"`` or ``"document"``.
+        reads_text: Whether the tower has an encoder.
+
+    Raises:
+        ValueError: If there is such a key.
+    """
+    if not features:
+        return
+    known = {*(feature.name for feature in features), *(["text"] if reads_text else [])}
+    unknown = [key for key in _keys(rows.with_format(None)[column][:]) if key not in known]
+    if not unknown:
+        return
+    cure = f"add {' '.join(f'{key}=Categorical' for key in unknown if key != 'text')} (or another kind)"
+    cures = [f"{cure} to --{side}_features"] if unknown != ["text"] else []
+    if "text" in unknown:
+        cures.append(f"pass --{side}_model, which reads the text")
+    raise ValueError(
+        f"--{side}_features: the dicts in the column of the {column} have the keys {unknown} too, which the tower "
+        f"would not know: {', '.join(cures)}; or leave the keys out of the rows."
+    )
+
+
+def _keys(values: Sequence[Any]) -> list[str]:
+    """The keys of the dicts among the values."""
+    return sorted(set().union(*(value for value in values if isinstance(value, dict))))
+
+
+def _feature(text: str, column: str) -> Feature:
+    name, _, kind = text.partition("=")
+    try:
+        if text.startswith("{"):
+            return feature_from_dict(json.loads(text))
+        return feature_from_dict({"type": kind, "name": name})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--{column}_features: {text!r} is no feature ({error!r}). Write name=kind with a kind of "
+            f"{', '.join(KINDS)}, such as genres=Tags, or a feature's JSON."
+        ) from error

@@ -1,0 +1,180 @@
+"""Encoding a plan with its graph kept, or with gradients cached (GradCache).
+
+With ``cache_gradients`` (Gao et al. 2021, https://arxiv.org/abs/2101.06983) only as many mini-batches as a budget
+allows keep their graph; the others are embedded without one and once more in the backward pass, dropout replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from sentence_transformers.base.losses.gradcache import RandContext
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+
+from st_fpsloss.encoding.plan import BatchPlan
+from st_fpsloss.encoding.rows import Features, TokenizedRows
+
+Encoder = Callable[[Features], Features]
+
+
+def encode(model: Encoder, plan: BatchPlan) -> Tensor:
+    """Embeddings (N, dim) of a plan, with the graph of all of them if gradients are on."""
+    with _no_sync(model):
+        embeddings = torch.cat([_embed(model, rows) for rows in plan.mini_batches])
+    return _as_ddp_outputs(model, [embeddings])[0]
+
+
+class CachedEncoding:
+    """Embeddings as a leaf, and the second pass that carries its gradient into the encoders.
+
+    Args:
+        model: the encoders; wrapped in DistributedDataParallel or not.
+        plan: what to encode.
+        kept_num_tokens: mini-batches up to this many tokens, and the first of each tower in any case, keep their graph
+            and are not embedded a second time.
+
+    Example::
+
+        encoding = CachedEncoding(model, plan, kept_num_tokens=2048)
+        loss = objective(encoding.embeddings)        # any scalar of the leaf that leaves its gradient in .grad
+        loss = encoding.attach(loss)                       # loss.backward() now reaches the encoders
+    """
+
+    def __init__(self, model: Encoder, plan: BatchPlan, kept_num_tokens: int) -> None:
+        self._model = model
+        self._plan = plan
+        self._autocast = _AutocastState(plan.index.device.type)
+        self._kept: dict[int, Tensor] = {}  # number of the mini-batch -> embeddings with their graph
+        self._to_replay: dict[int, RandContext] = {}
+        parts: list[Tensor] = []
+        learns: dict[int, bool] = {}  # route -> whether its tower has anything to learn; its first mini-batch tells
+        firsts = {plan.route_of.index(route) for route in plan.route_of}
+        to_spare = kept_num_tokens - sum(_num_tokens(plan.mini_batches[number]) for number in firsts)
+        for number, (rows, route) in enumerate(zip(plan.mini_batches, plan.route_of, strict=True)):
+            size = 0 if number in firsts else _num_tokens(rows)
+            with_graph = number in firsts or (learns[route] and size <= to_spare)
+            random_state = RandContext(*rows.tensors.values())
+            # Autocast caches a cast weight with or without its graph, whichever comes first: no pass without one may.
+            with _no_sync(model), torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
+                embedded = _embed(model, rows)
+            learns.setdefault(route, embedded.requires_grad)
+            if embedded.requires_grad:
+                self._kept[number] = embedded
+                to_spare -= size
+            elif learns[route]:
+                self._to_replay[number] = random_state
+            parts.append(embedded.detach())
+        self._sizes = [len(part) for part in parts]
+        self.embeddings = torch.cat(parts).requires_grad_(any(learns.values()))
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """The same loss, whose backward pass also sends the leaf's gradient through the encoders.
+
+        Whatever the outer backward multiplies the loss by (gradient accumulation, a loss scaler) reaches them too.
+        """
+        if not self.embeddings.requires_grad:
+            return loss
+        return _Attached.apply(loss if loss.requires_grad else loss.detach().requires_grad_(), self)
+
+    def backward(self, grad_output: Tensor) -> None:
+        """Backpropagate ``grad_output`` times the leaf's gradient, a mini-batch at a time."""
+        gradient = self.embeddings.grad
+        if gradient is None:
+            raise RuntimeError("The gradient cache is empty: a loss can be backpropagated once.")
+        self.embeddings.grad = None
+        gradients = (grad_output * gradient).split(self._sizes)
+        distributed = isinstance(self._model, DistributedDataParallel)
+        if not distributed:  # kept mini-batches free their memory before others are replayed
+            self._backward_kept(gradients)
+        for number in self._to_replay:
+            torch.autograd.backward(self._replay(number), gradients[number])
+        if distributed:
+            # The reducer of DistributedDataParallel ends with the first backward that completes a bucket: what is
+            # replayed accumulates without it, and what was kept, at least one mini-batch of each tower, comes last.
+            self._backward_kept(gradients)
+
+    def _backward_kept(self, gradients: Sequence[Tensor]) -> None:
+        with torch.enable_grad():
+            kept = _as_ddp_outputs(self._model, list(self._kept.values()))
+        torch.autograd.backward(kept, [gradients[number] for number in self._kept])
+        self._kept.clear()
+
+    def _replay(self, number: int) -> Tensor:
+        with (
+            self._to_replay[number],
+            _no_sync(self._model),
+            torch.enable_grad(),
+            self._autocast.restored(cache=True),
+        ):
+            return _embed(self._model, self._plan.mini_batches[number])
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss: Tensor, encoding: CachedEncoding) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.encoding = encoding
+        return loss.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        ctx.encoding.backward(grad_output)
+        return grad_output, None
+
+
+class _AutocastState:
+    """Autocast as it was at the forward pass, for a replay that runs in the backward pass, outside of it."""
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._enabled = torch.is_autocast_enabled(device_type)
+        self._dtype = torch.get_autocast_dtype(device_type)
+
+    def restored(self, cache: bool) -> AbstractContextManager[None]:
+        return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled, cache_enabled=cache)
+
+
+class _Outputs(nn.Module):
+    """Takes the place of a module whose outputs are there already."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, outputs: list[Tensor]) -> list[Tensor]:
+        return outputs
+
+
+def _no_sync(model: Encoder) -> AbstractContextManager[None]:
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
+    """Embeddings of several calls under ``no_sync`` as the outputs of one forward pass of DistributedDataParallel.
+
+    At every call without ``no_sync``, DistributedDataParallel broadcasts buffers, which hangs where ranks differ in the
+    number of mini-batches, and with ``find_unused_parameters=True``, the trainer's default, takes the other tower for
+    unused, which crashes. Told of all mini-batches at once, it does neither.
+    """
+    if not isinstance(model, DistributedDataParallel) or not torch.is_grad_enabled():
+        return embeddings
+    module = model.module
+    model.module = _Outputs(module)
+    try:
+        # Not model(...): MatryoshkaLoss puts a forward of its own into the model, for the calls with features.
+        return DistributedDataParallel.forward(model, embeddings)
+    finally:
+        model.module = module
+
+
+def _embed(model: Encoder, rows: TokenizedRows) -> Tensor:
+    return model(rows.features())["sentence_embedding"]
+
+
+def _num_tokens(rows: TokenizedRows) -> int:
+    """Tokens, padding included, that have activations; a bag of tokens has those of one."""
+    return len(rows) * (1 if rows.bag else max(1, int(rows.lengths.max())))

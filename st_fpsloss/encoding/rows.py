@@ -1,0 +1,277 @@
+"""Tokenized rows of one tower: which are equal, how long they are, and the features of any selection of them.
+
+The trainer hands a loss one dictionary of tensors a column, padded to the column's longest row (or, for a
+StaticEmbedding, one flat run of token ids with offsets). :class:`TokenizedRows` stacks the columns that go through the
+same tower and gives every row a fingerprint of its content alone, whatever the padding or the batch around it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.autonotebook import tqdm
+
+Features = dict[str, Any]
+
+# Tensors with one entry a token. Only these are trimmed: a side feature may by chance be as wide as the text is long.
+TOKEN_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """N rows for one tower.
+
+    Args:
+        tensors: name -> (N, ...) tensor; those of ``TOKEN_TENSORS`` are (N, width).
+        lengths: (N,) position after each row's last token.
+        metadata: what holds for all rows (task, modality, prompt_length): the tower they go through.
+        bag: whether the tower takes flat token ids with offsets (StaticEmbedding) instead of a padded matrix.
+    """
+
+    tensors: dict[str, Tensor]
+    lengths: Tensor
+    metadata: dict[str, Hashable]
+    bag: bool
+
+    @classmethod
+    def from_features(cls, features: Features) -> TokenizedRows:
+        """Rows of one column, as a sentence-transformers input module preprocessed it.
+
+        Raises:
+            ValueError: If the features are flattened without a row axis, or hold something that is not one entry a row.
+        """
+        if "cu_seq_lens_q" in features:
+            raise ValueError(
+                "The inputs are flattened for flash attention (`cu_seq_lens_q`), which has no rows to deduplicate. "
+                "Set `unpad_inputs=False` on the Transformer module; mini-batches sorted by length hardly pad."
+            )
+        tensors = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim > 0}
+        metadata = {name: _metadata(name, value) for name, value in features.items() if name not in tensors}
+        if "prompt_length" in tensors:  # one number for the whole column, whatever form it comes in
+            metadata["prompt_length"] = int(tensors.pop("prompt_length").flatten()[0])
+        bag = "offsets" in tensors
+        if bag:
+            offsets = tensors.pop("offsets")
+            tensors["input_ids"], tensors["attention_mask"] = _unflatten(tensors["input_ids"], offsets)
+        rows = {name: len(tensor) for name, tensor in tensors.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"Every tensor of a column needs one entry a row, but their first dimensions are {rows}.")
+        return cls(tensors, _lengths(tensors), metadata, bag)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def route(self) -> Hashable:
+        """Rows of one route go through the same tower and can be stacked."""
+        layout = tuple(sorted((name, str(tensor.dtype), tensor.ndim) for name, tensor in self.tensors.items()))
+        return tuple(sorted(self.metadata.items())), self.bag, layout
+
+    @staticmethod
+    def stack(parts: Sequence[TokenizedRows]) -> TokenizedRows:
+        """All rows of several columns of one route, in order."""
+        first = parts[0]
+        tensors = {
+            name: torch.cat(_padded([part.tensors[name] for part in parts])) if len(parts) > 1 else tensor
+            for name, tensor in first.tensors.items()
+        }
+        return TokenizedRows(tensors, torch.cat([part.lengths for part in parts]), first.metadata, first.bag)
+
+    def to(self, device: torch.device) -> TokenizedRows:
+        """The rows on another device."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return TokenizedRows(tensors, self.lengths.to(device), self.metadata, self.bag)
+
+    def select(self, index: Tensor) -> TokenizedRows:
+        """The rows at ``index``, trimmed to the longest among them."""
+        lengths = self.lengths[index]
+        width = int(lengths.max()) if len(lengths) else 0
+        tensors = {
+            name: tensor[index, :width] if name in TOKEN_TENSORS and tensor.ndim > 1 else tensor[index]
+            for name, tensor in self.tensors.items()
+        }
+        return TokenizedRows(tensors, lengths, self.metadata, self.bag)
+
+    def features(self) -> Features:
+        """The dictionary that the tower's modules take; fresh, since modules write into it."""
+        features: Features = {**self.metadata, **self.tensors}
+        if self.bag:
+            active = features.pop("attention_mask").bool()
+            counts = active.sum(dim=1)
+            features["input_ids"] = features["input_ids"][active]
+            features["offsets"] = counts.cumsum(0) - counts
+        return features
+
+    def fingerprints(self) -> Tensor:
+        """Identity (N,) int64 of each row: equal rows have equal fingerprints, in every batch and every process.
+
+        Unequal rows share a key with probability 2^-64; :meth:`unique` confirms equality where it matters.
+        """
+        return self._fingerprints_of(self._contents())
+
+    def _fingerprints_of(self, contents: Iterable[tuple[str, Tensor]]) -> Tensor:
+        total = torch.full((len(self),), _salt(repr(self.route)), dtype=torch.int64, device=self.lengths.device)
+        mask = self.tensors.get("attention_mask")
+        # Positions count from the row's first token, so that padding on the left changes nothing either.
+        first_token = torch.zeros_like(self.lengths)
+        if mask is not None and mask.numel() > 0:
+            first_token = mask.long().argmax(dim=1)
+        for name, values in contents:
+            position = torch.arange(values.shape[1], device=values.device)[None]
+            if name in TOKEN_TENSORS:
+                position = position - first_token[:, None]
+            total += (_mix(values) * _mix(position + _salt(name))).sum(dim=1)
+        return _mix(total)
+
+    def unique(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Group equal rows.
+
+        Returns:
+            (first, inverse, fingerprints): (U,) the row that stands for each group, (N,) each row's group, (U,) int64.
+        """
+        contents = list(self._contents())
+        fingerprints = self._fingerprints_of(contents)
+        _, inverse = torch.unique(fingerprints, return_inverse=True)
+        first = first_of_each(inverse)
+        stand_in = first[inverse]
+        if not all(torch.equal(values, values[stand_in]) for _, values in contents):  # two different rows with one key
+            packed = torch.cat([values for _, values in contents], dim=1)
+            _, inverse = torch.unique(packed, dim=0, return_inverse=True)
+            first = first_of_each(inverse)
+        return first, inverse, fingerprints[first]
+
+    def _contents(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor as an (N, values) int64 matrix in which padding, whatever the tokenizer fills it with, is 0."""
+        mask = self.tensors.get("attention_mask")
+        for name, tensor in sorted(self.tensors.items()):
+            values = _bits(tensor)
+            # Token id 0 is a token, unless the mask says otherwise.
+            yield name, (values + 1) * mask if mask is not None and name in TOKEN_TENSORS else values
+
+
+def row_fingerprints(
+    model: SentenceTransformer, inputs: Sequence[Any], task: str | None, prompt: str | None = None
+) -> Tensor:
+    """Identity (N,) int64 of raw inputs, as :meth:`TokenizedRows.fingerprints` will give it for them in training.
+
+    Args:
+        model: the model whose input module preprocesses them.
+        inputs: strings, or dicts with text and features.
+        task: the tower, ``"query"`` or ``"document"``; of no account in a model without towers.
+        prompt: what the trainer's ``prompts`` puts before them.
+    """
+    return torch.cat([rows.fingerprints() for rows in preprocessed_rows(model, inputs, task, prompt)])
+
+
+def preprocessed_rows(
+    model: SentenceTransformer, inputs: Sequence[Any], task: str | None, prompt: str | None = None
+) -> Iterator[TokenizedRows]:
+    """Raw inputs, in chunks, as the trainer's collator would tokenize them; see :func:`row_fingerprints`."""
+    chunk = 4096
+    task = task if routes_by_task(model) else None
+    starts = tqdm(range(0, len(inputs), chunk), desc=f"Preprocess {task} rows", disable=len(inputs) <= chunk)
+    for start in starts:
+        yield TokenizedRows.from_features(
+            model.preprocess(list(inputs[start : start + chunk]), prompt=prompt, task=task)
+        )
+
+
+def routes_by_task(model: SentenceTransformer) -> bool:
+    """Whether a model has a tower for queries and one for documents."""
+    return any(
+        isinstance(module, Router) and {"query", "document"} <= set(module.sub_modules) for module in model.children()
+    )
+
+
+def _metadata(name: str, value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.item()
+    if value is None or isinstance(value, (str, int, float, bool, tuple)):
+        return value
+    raise ValueError(
+        f"Feature {name!r} is a {type(value).__name__}, which cannot be cut into mini-batches. "
+        "An input module has to return tensors with one entry a row, or one plain value for all rows."
+    )
+
+
+def _unflatten(token_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded ids (N, width) and mask of an EmbeddingBag's flat ids (tokens,) and offsets (N,)."""
+    ends = torch.cat([offsets[1:], offsets.new_tensor([len(token_ids)])])
+    lengths = ends - offsets
+    mask = torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
+    ids = token_ids.new_zeros(mask.shape)
+    ids[mask] = token_ids
+    return ids, mask.to(token_ids.dtype)
+
+
+def _lengths(tensors: dict[str, Tensor]) -> Tensor:
+    mask = tensors.get("attention_mask")
+    if mask is None:
+        tokens = tensors.get("input_ids")
+        any_tensor = next(iter(tensors.values()))
+        width = tokens.shape[1] if tokens is not None and tokens.ndim > 1 else 1
+        return torch.full((len(any_tensor),), width, device=any_tensor.device)
+    if mask.shape[1] == 0:  # every text is empty
+        return torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
+    # Position after the last token: padding on the left stays, since absolute positions depend on it.
+    return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors with zeros behind their second axis, up to the widest."""
+    if tensors[0].ndim < 2:
+        return tensors
+    width = max(tensor.shape[1] for tensor in tensors)
+    return [
+        tensor if tensor.shape[1] == width else pad(tensor, [0, 0] * (tensor.ndim - 2) + [0, width - tensor.shape[1]])
+        for tensor in tensors
+    ]
+
+
+def first_of_each(inverse: Tensor) -> Tensor:
+    """Position of the first entry of each group, given each entry's group."""
+    groups = int(inverse.max()) + 1 if len(inverse) else 0
+    rows = torch.arange(len(inverse), device=inverse.device)
+    start = torch.full((groups,), len(inverse), dtype=torch.int64, device=inverse.device)
+    return start.scatter_reduce_(0, inverse, rows, "amin")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor as an (N, values) int64 matrix; floats by their bits, so that NaN equals itself."""
+    if tensor.is_floating_point():
+        width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        tensor = tensor.contiguous().view(width)
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:])).long()
+
+
+def _signed(value: int) -> int:
+    """The 64-bit pattern of ``value`` as Python's signed integer, the only kind that torch takes."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+@lru_cache(maxsize=1024)
+def _salt(text: str) -> int:
+    return _signed(zlib.crc32(text.encode()) * 0x9E3779B97F4A7C15)
+
+
+def _mix(values: Tensor) -> Tensor:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64 bits that maps 0 to 0."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values = (values ^ _shift_right(values, shift)) * _signed(factor)
+    return values ^ _shift_right(values, 31)
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's own copies the sign bit."""
+    return (values >> bits) & (2 ** (64 - bits) - 1)

@@ -1,1 +1,0 @@
-"""What the scripts in ``training_scripts/`` share: their command lines, reading data, making a loss, and the run."""

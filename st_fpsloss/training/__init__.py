@@ -1,0 +1,13 @@
+"""What the stock trainer is given beside the loss: callbacks, checkpoints, collators, warnings."""
+
+from st_fpsloss.training.callbacks import LossStateCallback
+from st_fpsloss.training.checkpoints import last_complete_checkpoint
+from st_fpsloss.training.collator import DeduplicatingCollator
+from st_fpsloss.training.prefix_collator import PrefixCollator
+
+__all__ = [
+    "DeduplicatingCollator",
+    "LossStateCallback",
+    "PrefixCollator",
+    "last_complete_checkpoint",
+]
