@@ -33,7 +33,7 @@ class TokenizedRows:
 
     Args:
         tensors: name -> (N, ...) tensor; those of ``TOKEN_TENSORS`` are (N, width).
-        lengths: (N,) position after each row's last token.
+        lengths: (N,) position after each row's last token; its first is at 0, whatever side the tokenizer pads on.
         metadata: what holds for all rows (task, modality, prompt_length): the tower they go through.
         bag: whether the tower takes flat token ids with offsets (StaticEmbedding) instead of a padded matrix.
     """
@@ -66,6 +66,7 @@ class TokenizedRows:
         rows = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(rows.values())) != 1:
             raise ValueError(f"Every tensor of a column needs one entry a row, but their first dimensions are {rows}.")
+        tensors = _without_left_padding(tensors)
         return cls(tensors, _lengths(tensors), metadata, bag)
 
     def __len__(self) -> int:
@@ -121,15 +122,8 @@ class TokenizedRows:
 
     def _fingerprints_of(self, contents: Iterable[tuple[str, Tensor]]) -> Tensor:
         total = torch.full((len(self),), _salt(repr(self.route)), dtype=torch.int64, device=self.lengths.device)
-        mask = self.tensors.get("attention_mask")
-        # Positions count from the row's first token, so that padding on the left changes nothing either.
-        first_token = torch.zeros_like(self.lengths)
-        if mask is not None and mask.numel() > 0:
-            first_token = mask.long().argmax(dim=1)
         for name, values in contents:
             position = torch.arange(values.shape[1], device=values.device)[None]
-            if name in TOKEN_TENSORS:
-                position = position - first_token[:, None]
             total += (_mix(values) * _mix(position + _salt(name))).sum(dim=1)
         return _mix(total)
 
@@ -214,6 +208,24 @@ def _unflatten(token_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return ids, mask.to(token_ids.dtype)
 
 
+def _without_left_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The canonical form of rows, each rolled so that its first token stands at position 0.
+
+    Decoders pad on the left. Models whose positions are relative (rotary), counted from the attention mask, or given as
+    ``position_ids``, and every pooling of sentence-transformers, give a rolled row the same embedding. Models that
+    count absolute positions over the padding (BERT) give it the embedding of the row alone, not one of its neighbours.
+    """
+    mask = tensors.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.numel() == 0 or bool(mask[:, 0].all()):
+        return tensors
+    position = torch.arange(mask.shape[1], device=mask.device) + mask.long().argmax(dim=1, keepdim=True)
+    source = position % mask.shape[1]
+    return {
+        name: tensor.gather(1, source) if name in TOKEN_TENSORS and tensor.shape == mask.shape else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _lengths(tensors: dict[str, Tensor]) -> Tensor:
     mask = tensors.get("attention_mask")
     if mask is None:
@@ -223,7 +235,6 @@ def _lengths(tensors: dict[str, Tensor]) -> Tensor:
         return torch.full((len(any_tensor),), width, device=any_tensor.device)
     if mask.shape[1] == 0:  # every text is empty
         return torch.zeros(len(mask), dtype=torch.int64, device=mask.device)
-    # Position after the last token: padding on the left stays, since absolute positions depend on it.
     return (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
 
 
