@@ -74,7 +74,7 @@ def load_clicks(
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import load_clicks
+        >>> from st_fpsloss.data import load_clicks
         >>> log = Dataset.from_dict({"searched": ["red shoes", "tent"], "item": [17, 4], "clicks": [2, 1]})
         >>> load_clicks(log, query="searched", document="item", label="clicks")[0]
         {'query': 'red shoes', 'document': '17', 'label': 2.0}
@@ -109,7 +109,7 @@ def load_inputs(
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import load_inputs
+        >>> from st_fpsloss.data import load_inputs
         >>> load_inputs(Dataset.from_dict({"sku": [17, 4], "title": ["red shoes", "tent"]}), "title", ids="sku")
         {'17': 'red shoes', '4': 'tent'}
     """

@@ -36,7 +36,7 @@ def next_item_pairs(log: Dataset, user: str, item: str, time: str, max_history: 
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import next_item_pairs
+        >>> from st_fpsloss.data import next_item_pairs
         >>> log = Dataset.from_dict({"user": [1, 1, 1, 2], "item": [5, 6, 7, 8], "time": [10, 20, 30, 40]})
         >>> next_item_pairs(log, user="user", item="item", time="time", max_history=50)[:]
         {'query': ['5', '5 6'], 'document': ['6', '7']}
@@ -83,7 +83,7 @@ def histories(log: Dataset, user: str, item: str, time: str, max_history: int) -
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import histories
+        >>> from st_fpsloss.data import histories
         >>> log = Dataset.from_dict({"user": [1, 1, 1, 2], "item": [5, 6, 7, 8], "time": [10, 20, 30, 40]})
         >>> histories(log, user="user", item="item", time="time", max_history=2)
         {1: '6 7', 2: '8'}
@@ -120,7 +120,7 @@ def next_item_windows(log: Dataset, user: str, item: str, time: str, max_history
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import next_item_windows
+        >>> from st_fpsloss.data import next_item_windows
         >>> log = Dataset.from_dict({"user": [1, 1, 1, 1, 2], "item": [5, 6, 7, 8, 9], "time": [10, 20, 30, 40, 50]})
         >>> next_item_windows(log, user="user", item="item", time="time", max_history=2)[:]
         {'user': [1, 1], 'items': [['5', '6'], ['6', '7', '8']]}

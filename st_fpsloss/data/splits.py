@@ -33,7 +33,7 @@ def leave_last_out(log: Dataset, user: str, time: str) -> DatasetDict:
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import leave_last_out
+        >>> from st_fpsloss.data import leave_last_out
         >>> log = Dataset.from_dict({"user": [1, 1, 1, 1], "item": [5, 6, 7, 8], "time": [40, 10, 30, 20]})
         >>> {name: split["item"][:] for name, split in leave_last_out(log, user="user", time="time").items()}
         {'train': [6, 8], 'validation': [7], 'test': [5]}
@@ -70,7 +70,7 @@ def split_by_time(
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import split_by_time
+        >>> from st_fpsloss.data import split_by_time
         >>> log = Dataset.from_dict({"item": [5, 6, 7, 8], "time": [40, 10, 30, 20]})
         >>> splits = split_by_time(log, time="time", validation_from=30, test_from=40)
         >>> {name: split["item"][:] for name, split in splits.items()}
@@ -111,7 +111,7 @@ def hold_out(log: Dataset, fraction: float, time: str | None = None, seed: int =
 
     Example:
         >>> from datasets import Dataset
-        >>> from st_fpsloss.data.clicks import hold_out
+        >>> from st_fpsloss.data import hold_out
         >>> log = Dataset.from_dict({"item": [5, 6, 7, 8], "time": [40, 10, 30, 20]})
         >>> {name: split["item"][:] for name, split in hold_out(log, fraction=0.5, time="time").items()}
         {'train': [6, 8], 'test': [5, 7]}

@@ -106,6 +106,7 @@ class RetrievalEvaluator(BaseEvaluator):
 
         Two models, or score functions, on the same queries: the mean difference and its interval.
 
+        >>> from st_fpsloss.evaluation import paired_difference
         >>> good = evaluator.per_query(lambda query_ids: [[3, 2, 1]])["ndcg@2"]
         >>> paired_difference(good, evaluator.per_query(lambda query_ids: [popularity])["ndcg@2"], confidence=0.95)
         (0.36..., 0.36..., 0.36...)
