@@ -1,10 +1,27 @@
 """Two-tower retrieval models from click logs, for sentence-transformers."""
 
-from st_fpsloss.evaluation import RetrievalEvaluator
-from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
-from st_fpsloss.retrieval import DocumentIndex
-from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, freeze_unused_parameters, two_tower
-from st_fpsloss.training import LossStateCallback, last_complete_checkpoint
+from typing import TYPE_CHECKING
+
+from st_fpsloss.utils.lazy import lazy
+
+if TYPE_CHECKING:
+    from st_fpsloss.evaluation import RetrievalEvaluator
+    from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+    from st_fpsloss.retrieval import DocumentIndex
+    from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, freeze_unused_parameters, two_tower
+    from st_fpsloss.training import LossStateCallback, last_complete_checkpoint
+else:
+    # Each where it is first used: to encode a query without torch must not import torch.
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "evaluation": ["RetrievalEvaluator"],
+            "losses": ["FPSLoss", "PairCELoss", "SampledSoftmaxLoss", "SigmoidLoss", "TripletLoss"],
+            "retrieval": ["DocumentIndex"],
+            "towers": ["Categorical", "History", "Numerical", "Tags", "Tower", "freeze_unused_parameters", "two_tower"],
+            "training": ["LossStateCallback", "last_complete_checkpoint"],
+        },
+    )
 
 __all__ = [
     "Categorical",

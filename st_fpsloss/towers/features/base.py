@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Keys of an input that sentence-transformers takes for something else, and the text.
 _RESERVED = frozenset(
@@ -37,8 +40,14 @@ class Feature(ABC):
         """Returns a copy that has learned its vocabulary or statistics from one pass over ``values``."""
 
     @abstractmethod
+    def array(self, values: Sequence[Any]) -> np.ndarray:
+        """Turns the values of N inputs, None where missing, into an array with N rows."""
+
     def tensor(self, values: Sequence[Any]) -> Tensor:
-        """Turns the values of N inputs, None where missing, into a tensor with N rows."""
+        """What :meth:`array` gives, as a tensor."""
+        import torch  # features are read without it where queries are encoded without it
+
+        return torch.from_numpy(self.array(values))
 
     @abstractmethod
     def example(self, number: int) -> Any:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from st_fpsloss.towers.checks import positive_int, probability
 from st_fpsloss.towers.features.base import Feature, check_name, each_value
@@ -145,10 +144,10 @@ class Categorical(IdFeature):
     def __post_init__(self) -> None:
         self._check()
 
-    def tensor(self, values: Sequence[Any]) -> Tensor:
+    def array(self, values: Sequence[Any]) -> np.ndarray:
         """Ids (N,)."""
         self.check_fitted()
-        return torch.tensor([self.id(category(self.name, value)) for value in values])
+        return np.array([self.id(category(self.name, value)) for value in values], dtype=np.int64)
 
     def _parts(self, value: Any) -> list[str]:
         found = category(self.name, value)
@@ -200,7 +199,7 @@ class Tags(IdFeature):
         if self.pooling not in ("mean", "attention"):
             raise ValueError(f"pooling={self.pooling!r} is unknown: choose mean or attention.")
 
-    def tensor(self, values: Sequence[Any]) -> Tensor:
+    def array(self, values: Sequence[Any]) -> np.ndarray:
         """Ids (N, width), ascending, 0 behind them."""
         self.check_fitted()
         return _padded([sorted({self.id(part) for part in self._parts(value)}) for value in values])
@@ -299,7 +298,7 @@ class History(IdFeature):
             )
         return replace(self, vocabulary=owner.vocabulary, buckets=owner.buckets, shared_with=None)
 
-    def tensor(self, values: Sequence[Any]) -> Tensor:
+    def array(self, values: Sequence[Any]) -> np.ndarray:
         """Ids (N, width), oldest first, 0 behind them."""
         self.check_fitted()
         if self.shared_with is not None:
@@ -317,10 +316,11 @@ class History(IdFeature):
         return f"a list of ids, the newest last, at most {self.max_length} of them, {self._extent()}"
 
 
-def _padded(ids: Sequence[list[int]]) -> Tensor:
+def _padded(ids: Sequence[list[int]]) -> np.ndarray:
     """Ids (N, width) with 0 behind them, at least one wide."""
     width = max(1, *map(len, ids)) if ids else 1
-    return torch.tensor([row + [MISSING_ID] * (width - len(row)) for row in ids], dtype=torch.int64).view(-1, width)
+    rows = [row + [MISSING_ID] * (width - len(row)) for row in ids]
+    return np.array(rows, dtype=np.int64).reshape(-1, width)
 
 
 def _checked_vocabulary(name: str, vocabulary: object) -> tuple[str, ...]:

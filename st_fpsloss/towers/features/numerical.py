@@ -9,8 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from st_fpsloss.towers.features.base import Feature, check_name, each_value
 from st_fpsloss.towers.features.values import number
@@ -97,7 +95,7 @@ class Numerical(Feature):
         # A constant has nothing to divide by, rounding errors apart.
         return replace(self, mean=mean, std=std if std > _ROUNDING * abs(mean) else 1.0)
 
-    def tensor(self, values: Sequence[Any]) -> Tensor:
+    def array(self, values: Sequence[Any]) -> np.ndarray:
         """Standardised values and missing flags (N, 2)."""
         self.check_fitted()
         read = np.array([number(self.name, value) for value in values], dtype=np.float64)
@@ -107,7 +105,7 @@ class Numerical(Feature):
         else:
             standard = (self._transformed(read) - (self.mean or 0.0)) / (self.std or 1.0)
         standard = np.where(missing, 0.0, standard).clip(-_MAX_DEVIATIONS, _MAX_DEVIATIONS)
-        return torch.from_numpy(np.stack([standard + 0.0, missing], axis=1).astype(np.float32))
+        return np.stack([standard + 0.0, missing], axis=1).astype(np.float32)
 
     def _transformed(self, values: np.ndarray) -> np.ndarray:
         return np.sign(values) * np.log1p(np.abs(values)) if self.transform == "log" else values
