@@ -6,7 +6,7 @@ from st_fpsloss.utils.lazy import lazy
 
 if TYPE_CHECKING:
     from st_fpsloss.evaluation import RetrievalEvaluator
-    from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+    from st_fpsloss.losses import FPSLoss, FullSoftmaxLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
     from st_fpsloss.retrieval import DocumentIndex
     from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, freeze_unused_parameters, two_tower
     from st_fpsloss.training import LossStateCallback, last_complete_checkpoint
@@ -16,7 +16,14 @@ else:
         __name__,
         {
             "evaluation": ["RetrievalEvaluator"],
-            "losses": ["FPSLoss", "PairCELoss", "SampledSoftmaxLoss", "SigmoidLoss", "TripletLoss"],
+            "losses": [
+                "FPSLoss",
+                "FullSoftmaxLoss",
+                "PairCELoss",
+                "SampledSoftmaxLoss",
+                "SigmoidLoss",
+                "TripletLoss",
+            ],
             "retrieval": ["DocumentIndex"],
             "towers": ["Categorical", "History", "Numerical", "Tags", "Tower", "freeze_unused_parameters", "two_tower"],
             "training": ["LossStateCallback", "last_complete_checkpoint"],
@@ -27,6 +34,7 @@ __all__ = [
     "Categorical",
     "DocumentIndex",
     "FPSLoss",
+    "FullSoftmaxLoss",
     "History",
     "LossStateCallback",
     "Numerical",

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from st_fpsloss import (
     FPSLoss,
+    FullSoftmaxLoss,
     LossStateCallback,
     PairCELoss,
     SampledSoftmaxLoss,
@@ -45,6 +46,7 @@ NUM_NEGATIVES = 10
 LOSSES: dict[str, type[ClickLoss]] = {
     "fps": FPSLoss,
     "fps_norm_penalty": NormPenaltyFPSLoss,
+    "full_softmax": FullSoftmaxLoss,
     "pair_ce": PairCELoss,
     "triplet": TripletLoss,
     "sampled_softmax": SampledSoftmaxLoss,
@@ -61,7 +63,6 @@ class Stage:
         settings: arguments of the loss.
         negatives: explicit negatives a row, drawn anew every epoch; 0 for in-batch negatives.
         power: they are drawn in proportion to clicks to this power.
-        catalogue: let the sum of the softmax go over all documents.
         graded: learn from a better and a worse document of a query instead of clicks.
         share: part of the run's tokens.
         batch_size: rows of a batch.
@@ -72,7 +73,6 @@ class Stage:
     settings: Mapping[str, Any]
     negatives: int = 0
     power: float = 0.75
-    catalogue: bool = False
     graded: bool = False
     share: float = 1.0
     batch_size: int = BATCH_SIZE
@@ -169,8 +169,8 @@ def _pairs(run: Run, stage: Stage, task: Task) -> Dataset:
 
 def _train(run: Run, stage: Stage, task: Task, model: SentenceTransformer, budget: TokenBudget) -> dict[str, Any]:
     settings = dict(stage.settings)
-    if stage.catalogue:
-        settings["catalogue"] = list(task.documents.values())
+    if stage.loss == "full_softmax":
+        settings["corpus"] = list(task.documents.values())
     pairs = _pairs(run, stage, task)
     if stage.negatives and settings.get("log_q"):
         settings["frequencies"] = mixture_frequencies(pairs, model, in_batch=False)

@@ -31,7 +31,7 @@ FINE_TUNING = {
     "triplet, popular negatives": replace(TRIPLET, power=0.75),
     "sampled softmax": Stage("sampled_softmax", {**WITH_FIXED_SCALE, "log_q": "corrected"}, negatives=NUM_NEGATIVES),
     "sampled softmax without log_q": Stage("sampled_softmax", WITH_FIXED_SCALE, negatives=NUM_NEGATIVES),
-    "catalogue softmax": Stage("sampled_softmax", WITH_FIXED_SCALE, catalogue=True),
+    "catalogue softmax": Stage("full_softmax", WITH_FIXED_SCALE),
     "sigmoid": Stage("sigmoid", {"scale": SCALE}),
 }
 

@@ -29,7 +29,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import set_seed
 
-from st_fpsloss import DocumentIndex, FPSLoss, LossStateCallback, RetrievalEvaluator, SampledSoftmaxLoss
+from st_fpsloss import DocumentIndex, FPSLoss, FullSoftmaxLoss, LossStateCallback, RetrievalEvaluator
 from st_fpsloss.cli.command_line import parse
 from st_fpsloss.cli.movielens_task import Model, Task, build_model
 from st_fpsloss.data.movielens import load_movielens_100k
@@ -116,9 +116,7 @@ def make_loss(model: SentenceTransformer, task: Task, options: Options, kind: st
         return FPSLoss(model, scale=options.scale, learn_scale=False, duplicates="keep", mini_batch_num_tokens=tokens)
     if kind == "fps":
         return FPSLoss(model, scale=options.scale, learn_scale=learn, log_q="corrected", mini_batch_num_tokens=tokens)
-    return SampledSoftmaxLoss(
-        model, scale=options.scale, learn_scale=False, catalogue=task.catalogue, mini_batch_num_tokens=tokens
-    )
+    return FullSoftmaxLoss(model, task.catalogue, scale=options.scale, learn_scale=False, mini_batch_num_tokens=tokens)
 
 
 def train_task(

@@ -25,10 +25,11 @@ class EncodedClicks:
     exchange: Exchange | None = None
 
     @classmethod
-    def from_plan(cls, plan: BatchPlan, relevance: Tensor) -> EncodedClicks:
-        """Number the queries and the documents of a batch, each from 0."""
-        query_rows, query = _renumber(plan.index[0])
+    def from_plan(cls, plan: BatchPlan, relevance: Tensor, num_columns: int) -> EncodedClicks:
+        """Number the queries and the documents of a batch, each from 0; columns after the first ones are candidates."""
+        query_rows, query = _renumber(plan.index[0, : len(relevance)])
         document_rows, document = _renumber(plan.index[1:])
+        document = document[: num_columns - 1, : len(relevance)]
         batch = ClickBatch(query, document, relevance, plan.fingerprints[query_rows], plan.fingerprints[document_rows])
         return cls(batch, query_rows, document_rows)
 

@@ -30,7 +30,8 @@ class BatchPlan:
         mini_batches: the distinct rows of the batch, all columns together, in mini-batches, which give N embeddings:
             one a row, or one an item of a whole history (:class:`st_fpsloss.encoding.prefixes.PrefixRows`).
         route_of: number of the tower of each mini-batch.
-        index: (columns, M) position of each row's embedding among the N; -1 where it is not needed.
+        index: (columns, M) position of each row's embedding among the N, M the number of rows of the longest column; -1
+            where there is none.
         fingerprints: (N,) int64 identity of each embedding's row, the same in every batch and process.
     """
 
@@ -51,17 +52,15 @@ class BatchPlan:
             mini_batch_num_tokens: tokens, padding included, of one mini-batch.
         """
         sizes = [len(rows) for rows in parts]
-        if len(set(sizes)) != 1:
-            raise ValueError(f"All columns of a batch need the same number of rows, but they have {sizes}.")
-        index = torch.full((len(parts), sizes[0]), -1, dtype=torch.int64, device=parts[0].lengths.device)
+        index = torch.full((len(parts), max(sizes)), -1, dtype=torch.int64, device=parts[0].lengths.device)
         mini_batches: list[TokenizedRows] = []
         route_of: list[int] = []
         fingerprints: list[Tensor] = []
         num_rows = 0
         for route, numbers in enumerate(_by_route(parts)):
-            wanted = [_positions(needed[number], sizes[0], index.device) for number in numbers]
+            wanted = [_positions(needed[number], sizes[number], index.device) for number in numbers]
             chosen = [
-                parts[number] if len(rows) == sizes[0] else parts[number].select(rows)
+                parts[number] if len(rows) == sizes[number] else parts[number].select(rows)
                 for number, rows in zip(numbers, wanted, strict=True)
             ]
             batches, position, row_fingerprints = _plan_route(chosen, mini_batch_num_tokens)

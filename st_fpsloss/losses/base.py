@@ -23,8 +23,8 @@ from st_fpsloss.encoding.gradient_cache import CachedEncoding, encode
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.prefixes import rows_of_column
 from st_fpsloss.encoding.rows import Features, TokenizedRows, routes_by_task
+from st_fpsloss.losses.arguments import Pairs, Similarity, complete
 from st_fpsloss.losses.checks import (
-    Similarity,
     check_cache_gradients,
     check_choice,
     check_embeddings,
@@ -62,22 +62,26 @@ class ClickLoss(nn.Module, ABC):
 
     uses_gradient_cache: bool
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        complete(cls)
+
     def __init__(
         self,
         model: SentenceTransformer,
         *,
-        scale: float | None,
         bias: float,
-        learn_scale: bool,
         learn_bias: bool,
-        max_scale: float,
-        relevance: Relevance,
-        duplicates: Duplicates,
-        known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
-        similarity: Similarity | None,
-        mini_batch_num_tokens: int | None,
-        cache_gradients: bool | int,
-        gather_across_devices: bool,
+        scale: float | None = None,
+        learn_scale: bool = True,
+        max_scale: float = 100.0,
+        relevance: Relevance = "mask",
+        duplicates: Duplicates = "mask",
+        known_positives: Pairs | None = None,
+        similarity: Similarity | None = None,
+        mini_batch_num_tokens: int | None = None,
+        cache_gradients: bool | int = False,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -141,8 +145,8 @@ class ClickLoss(nn.Module, ABC):
         """For each column, the (M,) bool rows whose embeddings the loss uses; None for all."""
         return [None] * len(columns)
 
-    def extra_candidates(self, num_rows: int) -> list[tuple[TokenizedRows, Tensor]]:
-        """Documents beside those of the batch: columns of ``num_rows`` rows, and which of them are needed, as bool."""
+    def extra_candidates(self) -> list[TokenizedRows]:
+        """Documents beside those of the batch, in columns of any number of rows."""
         return []
 
     def add_corrections(self, batch: ClickBatch) -> ClickBatch:
@@ -170,17 +174,15 @@ class ClickLoss(nn.Module, ABC):
         columns = [rows_of_column(features) for features in sentence_features]
         self._check_columns(columns)
         self.check_batch(len(columns), labels)
-        self._check_setting()
+        self._warn_without_callback()
         self.clamp_()
         relevance = check_relevance(labels, len(columns[0]), columns[0].lengths.device, torch.float32)
         num_tokens = self._num_tokens(relevance.device)
         needed = self.needed_rows(relevance, columns)
         needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
-        for rows, wanted in self.extra_candidates(len(relevance)):
-            columns.append(rows)
-            needed.append(wanted)
-        plan = BatchPlan.from_columns(columns, needed, num_tokens)
-        clicks = EncodedClicks.from_plan(plan, relevance)
+        extra = self.extra_candidates()
+        plan = BatchPlan.from_columns([*columns, *extra], [*needed, *[None] * len(extra)], num_tokens)
+        clicks = EncodedClicks.from_plan(plan, relevance, len(columns))
         if self._gathers:
             clicks = clicks.gathered()
         clicks = replace(clicks, batch=self.add_corrections(clicks.batch))
@@ -313,7 +315,7 @@ class ClickLoss(nn.Module, ABC):
         default = _NUM_TOKENS_CPU if device.type == "cpu" else _NUM_TOKENS_ACCELERATOR
         return self.mini_batch_num_tokens or default
 
-    def _check_setting(self) -> None:
+    def _warn_without_callback(self) -> None:
         if self.training and self.logit_scale.requires_grad and not self.has_state_callback:
             self.has_state_callback = True  # warn once
             logger.warning(
@@ -328,6 +330,9 @@ class ClickLoss(nn.Module, ABC):
                 f"{type(self).__name__} needs at least the columns query and document, but the data set has "
                 f"{len(columns)} input column(s)."
             )
+        sizes = [len(rows) for rows in columns]
+        if len(set(sizes)) != 1:
+            raise ValueError(f"All columns of a batch need the same number of rows, but they have {sizes}.")
         if not self._routes_by_task:
             return
         for number, rows in enumerate(columns):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-Similarity = Literal["dot", "cosine"]
+from st_fpsloss.losses.arguments import Similarity
 
 
 def similarity_of(model: SentenceTransformer, similarity: Similarity | None) -> Similarity:

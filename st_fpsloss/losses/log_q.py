@@ -8,11 +8,13 @@ from typing import Any, get_args
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from typing_extensions import Unpack
 
-from st_fpsloss.batch.clicks import ClickBatch, Duplicates, LogQ
+from st_fpsloss.batch.clicks import ClickBatch, LogQ
 from st_fpsloss.batch.distributed import gather_counts
 from st_fpsloss.encoding.rows import Features
 from st_fpsloss.frequencies.table import Frequencies, FrequencyTable
+from st_fpsloss.losses.arguments import ClickArguments
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.checks import check_choice
 
@@ -24,14 +26,15 @@ class LogQLoss(ClickLoss):
         self,
         model: SentenceTransformer,
         *,
-        duplicates: Duplicates,
-        log_q: LogQ | None,
-        frequencies: Mapping[str, Frequencies] | None,
-        **shared: Any,
+        bias: float,
+        learn_bias: bool,
+        log_q: LogQ | None = None,
+        frequencies: Mapping[str, Frequencies] | None = None,
+        **shared: Unpack[ClickArguments],
     ) -> None:
-        super().__init__(model, duplicates=duplicates, **shared)
+        super().__init__(model, bias=bias, learn_bias=learn_bias, **shared)
         check_choice("log_q", log_q, (None, *get_args(LogQ)))
-        if log_q == "corrected" and duplicates == "keep":
+        if log_q == "corrected" and self.duplicates == "keep":
             raise ValueError("`log_q='corrected'` needs `duplicates='mask'`. With 'keep', use `log_q='standard'`.")
         self.log_q = log_q
         given = _checked_frequencies(frequencies, log_q)

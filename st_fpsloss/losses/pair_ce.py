@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from sentence_transformers import SentenceTransformer
+from typing_extensions import Unpack
 
-from st_fpsloss.batch.clicks import Duplicates, Relevance
-from st_fpsloss.losses.checks import Similarity
+from st_fpsloss.losses.arguments import ClickArguments
 from st_fpsloss.losses.negative_strategy import Negatives, NegativeStrategy
 from st_fpsloss.losses.pairwise import PairwiseLoss
 from st_fpsloss.objectives.pairwise import Logistic
@@ -26,41 +23,7 @@ class PairCELoss(PairwiseLoss):
     is learned. Known as BPR in recommendation and as RankNet in search.
 
     Args:
-        model: a two-tower model, as :func:`st_fpsloss.two_tower` makes it, or any SentenceTransformer.
-        scale: start of α; None for 1/0.07 with cosine and 1 with dot product.
-        learn_scale: learn α.
-        max_scale: bound of α.
-        negatives: ``"explicit"``: the negative columns of the row itself; ``"in_batch"``: every document column of
-            every row of the batch; None: explicit where the batch has negative columns, else in-batch. Either way a
-            document that was shown to the query and not clicked (a row with r ≤ 0) is a negative of that query.
-        hardest: take only this many in-batch negatives of a row, those most similar to its query; None for all.
-        relevance: ``"mask"``: every pair counts the same; ``"weight"``: a pair is weighted by the r of its positive.
-        duplicates: ``"mask"``: a document that is a positive of the row's query anywhere in the batch is no negative of
-            that row; ``"keep"``: only the positive's own column is none.
-        known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
-            no negatives of that query in any batch; needs ``duplicates="mask"``.
-        similarity: ``"dot"`` or ``"cosine"``; None takes the model's ``similarity_fn_name``.
-        mini_batch_num_tokens: padded tokens encoded at a time; None for 2048 on a CPU and 32768 on an accelerator.
-        cache_gradients: embed mini-batches without a graph first and once more in the backward pass, so that memory
-            does not grow with the batch (GradCache), with the same gradients. True keeps the graphs of about one
-            mini-batch a tower; a whole number as 16384 those of mini-batches of so many tokens in all, padding
-            included, so that only the others are embedded twice. A kept token takes 0.3 MiB in MiniLM (6 layers,
-            with dropout), so that 16384 take 5 GiB; in other encoders about in proportion to layers times width.
-        gather_across_devices: with several processes, let the documents of all of them be in-batch negatives.
-
-    Requirements:
-        1. Columns query, document and, if any, negative documents, in this order; with a two-tower model
-           ``router_mapping`` says which is which.
-        2. :class:`st_fpsloss.LossStateCallback` in the trainer, so that α is saved, resumed and logged.
-
-    Inputs:
-        +-------------------------------------------------+---------------------+
-        | Inputs                                          | Labels              |
-        +=================================================+=====================+
-        | (query, document) clicks                        | none, or relevance  |
-        +-------------------------------------------------+---------------------+
-        | (query, document, negative_1, ..., negative_n)  | none, or relevance  |
-        +-------------------------------------------------+---------------------+
+        **shared: those of :class:`st_fpsloss.losses.arguments.ClickArguments`.
 
     Relations:
         - :class:`TripletLoss` stops pushing where the margin is reached; this loss never stops, ever more gently.
@@ -83,33 +46,12 @@ class PairCELoss(PairwiseLoss):
     def __init__(
         self,
         model: SentenceTransformer,
-        scale: float | None = None,
-        learn_scale: bool = True,
-        max_scale: float = 100.0,
+        *,
         negatives: Negatives | None = None,
         hardest: int | None = None,
-        relevance: Relevance = "mask",
-        duplicates: Duplicates = "mask",
-        known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None = None,
-        similarity: Similarity | None = None,
-        mini_batch_num_tokens: int | None = None,
-        cache_gradients: bool | int = False,
-        gather_across_devices: bool = False,
+        **shared: Unpack[ClickArguments],
     ) -> None:
-        super().__init__(
-            model,
-            NegativeStrategy(negatives, hardest),
-            scale=scale,
-            learn_scale=learn_scale,
-            max_scale=max_scale,
-            relevance=relevance,
-            duplicates=duplicates,
-            known_positives=known_positives,
-            similarity=similarity,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            cache_gradients=cache_gradients,
-            gather_across_devices=gather_across_devices,
-        )
+        super().__init__(model, NegativeStrategy(negatives, hardest), **shared)
 
     @property
     def pair_objective(self) -> Logistic:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from typing_extensions import Unpack
 
 from st_fpsloss.batch.clicks import ClickBatch
 from st_fpsloss.batch.distributed import over_ranks
 from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives, in_batch_negatives, pair_logits
 from st_fpsloss.encoding.rows import TokenizedRows
+from st_fpsloss.losses.arguments import ClickArguments
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.negative_strategy import NegativeStrategy
 from st_fpsloss.objectives.pairwise import PairObjective, in_batch_pairs
@@ -22,10 +24,12 @@ from st_fpsloss.objectives.pairwise import PairObjective, in_batch_pairs
 class PairwiseLoss(ClickLoss):
     """Base of the losses that are a mean over pairs of a row with r > 0 and one of its negatives."""
 
-    def __init__(self, model: SentenceTransformer, choice: NegativeStrategy, **shared: Any) -> None:
+    def __init__(
+        self, model: SentenceTransformer, strategy: NegativeStrategy, **shared: Unpack[ClickArguments]
+    ) -> None:
         # β cancels in R⁺ - R⁻.
         super().__init__(model, bias=0.0, learn_bias=False, **shared)
-        self.strategy = choice
+        self.strategy = strategy
 
     @property
     @abstractmethod

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from typing_extensions import Unpack
 
-from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
+from st_fpsloss.batch.clicks import ClickBatch
 from st_fpsloss.batch.distributed import over_ranks
 from st_fpsloss.batch.negatives import sigmoid_targets
+from st_fpsloss.losses.arguments import ClickArguments
 from st_fpsloss.losses.base import ClickLoss
-from st_fpsloss.losses.checks import Similarity
 from st_fpsloss.objectives.sigmoid import sigmoid_over_pairs
 
 
@@ -29,40 +30,12 @@ class SigmoidLoss(ClickLoss):
     than yeses, so it starts low, and it is learned like α.
 
     Args:
-        model: a two-tower model, as :func:`st_fpsloss.two_tower` makes it, or any SentenceTransformer.
-        scale: start of α; None for 1/0.07 with cosine and 1 with dot product.
         bias: start of β; None for -ln(documents - 1) of the first training batch, which are the log odds of guessing.
-        learn_scale: learn α.
         learn_bias: learn β.
-        max_scale: bound of α.
         relevance: ``"mask"``: every row with r > 0 counts the same; ``"weight"``: the cells of a row are weighted by
             its r (those of a row with r ≤ 0 by 1), and the sum is divided by the sum of r over rows with r > 0.
         duplicates: ``"mask"``: a cell whose document is a positive of the query elsewhere in the batch is left out;
             ``"keep"``: it counts as a no.
-        known_positives: query -> documents of the whole log (or an iterable of such pairs, for inputs that are dicts),
-            no negatives of that query in any batch; needs ``duplicates="mask"``.
-        similarity: ``"dot"`` or ``"cosine"``; None takes the model's ``similarity_fn_name``.
-        mini_batch_num_tokens: padded tokens encoded at a time; None for 2048 on a CPU and 32768 on an accelerator.
-        cache_gradients: embed mini-batches without a graph first and once more in the backward pass, so that memory
-            does not grow with the batch (GradCache), with the same gradients. True keeps the graphs of about one
-            mini-batch a tower; a whole number as 16384 those of mini-batches of so many tokens in all, padding
-            included, so that only the others are embedded twice. A kept token takes 0.3 MiB in MiniLM (6 layers,
-            with dropout), so that 16384 take 5 GiB; in other encoders about in proportion to layers times width.
-        gather_across_devices: with several processes, ask every query of the documents of all of them.
-
-    Requirements:
-        1. Columns query, document and, if any, negative documents, in this order; with a two-tower model
-           ``router_mapping`` says which is which.
-        2. :class:`st_fpsloss.LossStateCallback` in the trainer, so that α and β are saved, resumed and logged.
-
-    Inputs:
-        +-------------------------------------------------+---------------------+
-        | Inputs                                          | Labels              |
-        +=================================================+=====================+
-        | (query, document) clicks                        | none, or relevance  |
-        +-------------------------------------------------+---------------------+
-        | (query, document, negative_1, ..., negative_n)  | none, or relevance  |
-        +-------------------------------------------------+---------------------+
 
     Relations:
         - :class:`FPSLoss` asks of the same cells which document is the query's own.
@@ -85,34 +58,12 @@ class SigmoidLoss(ClickLoss):
     def __init__(
         self,
         model: SentenceTransformer,
-        scale: float | None = None,
+        *,
         bias: float | None = None,
-        learn_scale: bool = True,
         learn_bias: bool = True,
-        max_scale: float = 100.0,
-        relevance: Relevance = "mask",
-        duplicates: Duplicates = "mask",
-        known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None = None,
-        similarity: Similarity | None = None,
-        mini_batch_num_tokens: int | None = None,
-        cache_gradients: bool | int = False,
-        gather_across_devices: bool = False,
+        **shared: Unpack[ClickArguments],
     ) -> None:
-        super().__init__(
-            model,
-            scale=scale,
-            bias=0.0 if bias is None else bias,
-            learn_scale=learn_scale,
-            learn_bias=learn_bias,
-            max_scale=max_scale,
-            relevance=relevance,
-            duplicates=duplicates,
-            known_positives=known_positives,
-            similarity=similarity,
-            mini_batch_num_tokens=mini_batch_num_tokens,
-            cache_gradients=cache_gradients,
-            gather_across_devices=gather_across_devices,
-        )
+        super().__init__(model, bias=0.0 if bias is None else bias, learn_bias=learn_bias, **shared)
         self._bias_is_set = bias is not None
 
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:

@@ -164,8 +164,6 @@ def _has_negatives(loss: FPSLoss | SampledSoftmaxLoss | PairwiseLoss, batch: Cli
     """Whether any row with r > 0 has a negative, in a batch that has such rows."""
     if isinstance(loss, FPSLoss):
         return any(_has_other_answers(batch, direction, loss.duplicates) for direction in loss.directions)
-    if isinstance(loss, SampledSoftmaxLoss) and loss.catalogue is not None:
-        return len(batch.document_fingerprints) > 1
     if loss.strategy.is_explicit(len(batch.document)):
         return bool(explicit_negatives(batch, Positives.of(batch, loss.relevance), loss.duplicates).count.sum() > 0)
     return _has_other_answers(batch, "query_to_doc", loss.duplicates)

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor, tensor
 
-from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+from st_fpsloss import FPSLoss, FullSoftmaxLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
 from st_fpsloss.losses.base import ClickLoss
 from tests.losses.conftest import sentences, small_model, static_query_model
 
@@ -27,7 +27,7 @@ LOSSES: dict[str, tuple[type[ClickLoss], dict[str, Any]]] = {
     "sampled softmax": (SampledSoftmaxLoss, {}),
     "sampled softmax, in-batch": (SampledSoftmaxLoss, {"negatives": "in_batch"}),
     "sampled softmax, hardest": (SampledSoftmaxLoss, {"negatives": "in_batch", "hardest": 2, "log_q": None}),
-    "sampled softmax, catalogue": (SampledSoftmaxLoss, {"catalogue": DOCUMENTS, "log_q": None}),
+    "full softmax": (FullSoftmaxLoss, {"corpus": DOCUMENTS}),
     "pairs": (PairCELoss, {}),
     "pairs, hardest": (PairCELoss, {"negatives": "in_batch", "hardest": 2}),
     "triplets": (TripletLoss, {"learn_scale": True}),

@@ -10,7 +10,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, Tower, TripletLoss, two_tower
+from st_fpsloss import (
+    FPSLoss,
+    FullSoftmaxLoss,
+    PairCELoss,
+    SampledSoftmaxLoss,
+    SigmoidLoss,
+    Tower,
+    TripletLoss,
+    two_tower,
+)
 from st_fpsloss.objectives import softmax
 from st_fpsloss.towers import id_embedding
 from tests.benchmarks.zipf import zipf_clicks
@@ -24,7 +33,7 @@ LOSSES: dict[str, tuple[type, dict[str, Any]]] = {
     "sampled softmax": (SampledSoftmaxLoss, {}),
     "sampled softmax, in-batch": (SampledSoftmaxLoss, {"negatives": "in_batch", "log_q": "corrected"}),
     "sampled softmax, hardest": (SampledSoftmaxLoss, {"negatives": "in_batch", "hardest": 5}),
-    "sampled softmax, catalogue": (SampledSoftmaxLoss, {"catalogue": [str(n) for n in range(M)]}),
+    "full softmax": (FullSoftmaxLoss, {"corpus": [str(n) for n in range(M)]}),
     "pairs": (PairCELoss, {}),
     "pairs, in-batch": (PairCELoss, {"negatives": "in_batch"}),
     "pairs, hardest": (PairCELoss, {"negatives": "in_batch", "hardest": 5}),

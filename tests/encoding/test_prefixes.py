@@ -13,7 +13,15 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor
 
-from st_fpsloss import FPSLoss, LossStateCallback, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+from st_fpsloss import (
+    FPSLoss,
+    FullSoftmaxLoss,
+    LossStateCallback,
+    PairCELoss,
+    SampledSoftmaxLoss,
+    SigmoidLoss,
+    TripletLoss,
+)
 from st_fpsloss.batch.clicks import Direction
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.prefixes import rows_of_column
@@ -104,8 +112,8 @@ def losses(model: SentenceTransformer) -> Iterator[tuple[str, ClickLoss]]:
     yield "log_q", FPSLoss(model, log_q="corrected", directions=BOTH)
     yield "known", FPSLoss(model, known_positives=known)
     yield "cached", FPSLoss(model, cache_gradients=True, mini_batch_num_tokens=5)
-    yield "catalogue", SampledSoftmaxLoss(model, catalogue=list(DOCUMENTS.values()))
-    yield "cached catalogue", SampledSoftmaxLoss(model, catalogue=list(DOCUMENTS.values()), cache_gradients=True)
+    yield "full", FullSoftmaxLoss(model, list(DOCUMENTS.values()))
+    yield "cached full", FullSoftmaxLoss(model, list(DOCUMENTS.values()), cache_gradients=True)
     yield "hardest", SampledSoftmaxLoss(model, hardest=3)
     yield "sigmoid", SigmoidLoss(model)
     yield "pairs", PairCELoss(model)

@@ -10,7 +10,7 @@ from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss
 from st_fpsloss.frequencies.table import FrequencyTable
 from tests.losses import reference
 from tests.losses.agreement import assert_agrees, random_batch
-from tests.losses.conftest import clicks, gradients, small_model
+from tests.losses.conftest import clicks, small_model
 
 MODEL = small_model()
 
@@ -155,62 +155,12 @@ def test_labels_alone_are_learned_from_under_log_q():
     torch.testing.assert_close(corrected, plain)
 
 
-TEXTS = [["quick fox", "lazy dog", "quick fox"], ["seven wizards", "potent elixirs", "moonlit towers"]]
-CATALOGUE = ["seven wizards", "brown fox jumps over a lazy dog", "potent elixirs", "moonlit towers", "brew"]
-
-
-@pytest.mark.parametrize("options", [dict(), dict(cache_gradients=True, mini_batch_num_tokens=12)], ids=str)
-def test_over_a_catalogue_it_is_the_softmax_over_all_documents(options):
-    model = small_model()
-    features = [model.preprocess(texts, task=task) for texts, task in zip(TEXTS, ("query", "document"), strict=True)]
-    model.zero_grad()
-    u = model(dict(features[0]))["sentence_embedding"]
-    w = model(model.preprocess(CATALOGUE, task="document"))["sentence_embedding"]
-    expected = F.cross_entropy(u @ w.T, torch.tensor([0, 2, 3]))
-    expected.backward()
-    plain = gradients(model, None)
-    model.zero_grad()
-    loss = SampledSoftmaxLoss(model, catalogue=CATALOGUE, scale=1.0, **options)
-    value = loss(features)
-    value.backward()
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(gradients(model, loss), plain, rtol=1e-4, atol=1e-6)
-
-
-def test_each_document_of_the_catalogue_is_encoded_once_a_step():
-    model = small_model()
-    encoded = []
-    route = model[0].sub_modules["document"][0]
-    route.register_forward_pre_hook(lambda _, inputs: encoded.append(len(inputs[0]["input_ids"])))
-    features = [model.preprocess(texts, task=task) for texts, task in zip(TEXTS, ("query", "document"), strict=True)]
-    SampledSoftmaxLoss(model, catalogue=CATALOGUE)(features)
-    assert sum(encoded) == len(CATALOGUE)
-
-
-def test_a_catalogue_with_the_trainers_prompt():
-    model = small_model()
-    features = [
-        model.preprocess(texts, task=task, prompt="over ")
-        for texts, task in zip(TEXTS, ("query", "document"), strict=True)
-    ]
-    value = SampledSoftmaxLoss(model, catalogue=CATALOGUE, catalogue_prompt="over ")(features)
-    assert torch.isfinite(value)
-    with pytest.raises(ValueError, match="pass it as `catalogue_prompt`"):
-        SampledSoftmaxLoss(model, catalogue=CATALOGUE)(features)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: SampledSoftmaxLoss(MODEL, negatives="sampled"), "`negatives`"),
         (lambda: SampledSoftmaxLoss(MODEL, hardest=3, log_q="standard"), "`hardest` does not draw"),
         (lambda: SampledSoftmaxLoss(MODEL, log_q="corrected", duplicates="keep"), "use `log_q='standard'`"),
-        (lambda: SampledSoftmaxLoss(MODEL, catalogue=[]), "`catalogue` is empty"),
-        (lambda: SampledSoftmaxLoss(MODEL, catalogue=["a"], hardest=3), "`hardest` has no part"),
-        (
-            lambda: SampledSoftmaxLoss(MODEL, catalogue=["brew"])(clicks(MODEL, 4)[0]()),
-            "`catalogue` lacks the document of row 0",
-        ),
         (
             lambda: SampledSoftmaxLoss(MODEL, negatives="explicit")(clicks(MODEL, 4)[0]()),
             "needs columns of negative documents",
