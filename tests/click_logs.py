@@ -90,3 +90,11 @@ def rows_of_users(log: Dataset) -> dict[Any, list[dict[str, Any]]]:
 def refusal(*parts: str) -> str:
     """A pattern that finds all parts, in any order."""
     return "(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in parts)
+
+
+def place(kind: str, index: int) -> str:
+    """What an error calls the row with this index in a source of the kind: its line in a text file."""
+    suffix = kind.removeprefix("streamed")
+    if suffix in (".csv", ".tsv"):
+        return f"line {index + 2} of log{suffix}"
+    return f"line {index + 1} of log.jsonl" if suffix == ".jsonl" else f"row {index}"

@@ -48,7 +48,7 @@ class MovieLens100K:
     items: Dataset
 
     def splits(self) -> DatasetDict:
-        """Splits the ratings by leave-last-one-out; see :func:`st_fpsloss.data.clicks.leave_last_out`.
+        """Splits the ratings by leave-last-one-out; see :func:`st_fpsloss.data.leave_last_out`.
 
         Returns:
             ``train`` (98,114 rows), ``validation`` and ``test`` (943 rows each), users ascending.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import DatasetDict
 
-from st_fpsloss.data import load_clicks
-from tests.click_logs import CHOICE, LOADED, ROWS, refusal, write
+from st_fpsloss.data import load_clicks, load_inputs
+from tests.click_logs import CHOICE, FILES, LOADED, ROWS, STREAMS, load, place, refusal, write
 
 
 def test_files_of_one_kind_are_read_one_after_the_other(tmp_path: Path) -> None:
@@ -144,30 +147,78 @@ def parquet_bytes(folder: Path) -> bytes:
     return write(folder / "whole.parquet", ROWS).read_bytes()
 
 
+UNREADABLE = ["cannot be read as", "write it again"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "parts"),
     [
-        ("log.parquet", b"asked,item\na,b\n"),
-        ("log.parquet", None),  # Truncated; written in the test.
-        ("log.csv", b"PAR1\x15\x04\x15\x00"),
-        ("log.csv", b"\x1f\x8b\x08\x00" + bytes(range(256))),
-        ("log.csv", b"asked,item\na,b\n\xff\xfe\xfd,c\n"),
-        ("log.csv", "asked,item\na,b\n".encode("utf-16")),
-        ("log.csv", b"asked,item\na,b\nc\n"),
-        ("log.tsv", b"asked\titem\na\tb\tc\n"),
-        ("log.jsonl", b"asked,item\na,b\n"),
-        ("log.jsonl", b'["asked", "item"]\n'),
-        ("log.jsonl", b'{"asked": "a", "item": "b"}\n{"asked": "a", "it'),
-        ("log.jsonl", b"PAR1\x15\x04\x15\x00\xff"),
+        ("log.parquet", b"asked,item\na,b\n", UNREADABLE),
+        ("log.parquet", None, UNREADABLE),  # Truncated; written in the test.
+        ("log.csv", b"PAR1\x15\x04\x15\x00", UNREADABLE),
+        ("log.csv", b"\x1f\x8b\x08\x00" + bytes(range(256)), UNREADABLE),
+        ("log.csv", b"asked,item\na,b\n\xff\xfe\xfd,c\n", [*UNREADABLE, "line 3 ", "encoding='latin-1'"]),
+        ("log.jsonl", b'{"asked": "a", "item": "\xe4"}\n', [*UNREADABLE, "line 1 ", "encoding='latin-1'"]),
+        ("log.csv", "asked,item\na,b\n".encode("utf-16"), [*UNREADABLE, "encoding='utf-16'"]),
+        ("log.csv", "asked,item\na,b\n".encode("utf-16-le"), [*UNREADABLE, "encoding='utf-16-le'"]),
+        ("log.csv", b"asked,item\na,b\nc\n", ["line 3 of log.csv has 1 values where the header has 2"]),
+        ("log.tsv", b"asked\titem\na\tb\tc\n", ["line 2 of log.tsv has 3 values where the header has 2"]),
+        ("log.jsonl", b"asked,item\na,b\n", ["line 1 of log.jsonl is no JSON"]),
+        ("log.jsonl", b'["asked", "item"]\n', ["line 1 of log.jsonl is no JSON object"]),
+        ("log.jsonl", b'{"asked": "a", "item": "b"}\n{"asked": "a", "it', ["line 2 of log.jsonl is no JSON"]),
+        ("log.jsonl", b"PAR1\x15\x04\x15\x00\xff", UNREADABLE),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(
-    name: str, content: bytes | None, streaming: bool, tmp_path: Path
+    name: str, content: bytes | None, parts: list[str], streaming: bool, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(parquet_bytes(tmp_path)[:-20] if content is None else content)
-    with pytest.raises(ValueError, match=refusal(name, f"cannot be read as {name[4:]}", "write it again")):
+    with pytest.raises(ValueError, match=refusal(name, *parts)):
         list(load_clicks(tmp_path / name, "asked", "item", streaming=streaming))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_other_encodings_are_read_where_they_are_named(suffix: str, encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path / f"log{suffix}", [{"query": "Äpfel", "document": "d\u00a0é"}] * 2)
+    path.write_text(path.read_text("utf-8").replace("\\u00c4", "Ä"), encoding=encoding)
+    for streaming in (False, True):
+        clicks = load_clicks(path, encoding=encoding, streaming=streaming)
+        assert [row["query"] for row in clicks] == ["Äpfel", "Äpfel"]
+    assert load_inputs(path, "query", encoding=encoding) == {0: "Äpfel", 1: "Äpfel"}
+    with pytest.raises(ValueError, match="encoding='utf-88' is not known"):
+        load_clicks(path, encoding="utf-88")
+
+
+def test_the_line_of_a_bad_row_is_that_of_an_editor(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text('\ufeffquery,document\n\n"a\nb",d\n\n\n"c\n\nd",\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"document='document': line 7 of log\.csv holds ''"):
+        load_clicks(path)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_none_is_no_text(number: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"query": "a", "document": "b"}\n{"query": "a", "document": ' + number + "}")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"document='document': line 2 of log\.jsonl holds -?(nan|inf)"):
+            list(load_clicks(path, streaming=streaming))
+
+
+def test_uuids_are_texts(tmp_path: Path) -> None:
+    ids = [uuid.UUID(int=number) for number in (1, 2)]
+    column = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([one.bytes for one in ids], pa.binary(16)))
+    pa.parquet.write_table(pa.table({"query": ["a", "b"], "document": column}), tmp_path / "log.parquet")
+    for streaming in (False, True):
+        clicks = load_clicks(tmp_path / "log.parquet", streaming=streaming)
+        assert [row["document"] for row in clicks] == [str(one) for one in ids]
+
+
+def test_a_path_that_cannot_be_looked_at_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"source='a+\.csv' (cannot be looked at|is no file)"):
+        load_clicks("a" * 5_000 + ".csv")
 
 
 def test_parquet_that_is_damaged_in_the_middle_is_refused(tmp_path: Path) -> None:
@@ -180,13 +231,38 @@ def test_parquet_that_is_damaged_in_the_middle_is_refused(tmp_path: Path) -> Non
         load_clicks(path)
 
 
-def test_a_stream_of_jsonl_breaks_off_at_the_broken_line(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"query": "a", "document": "b"}\n{"query": "c", "document": "d"}\n{"query": ')
-    rows = iter(load_clicks(path, streaming=True))
-    assert [next(rows)["query"], next(rows)["query"]] == ["a", "c"]
-    with pytest.raises(ValueError, match="line 3 is no JSON"):
-        next(rows)
+@pytest.mark.parametrize("kind", ["dataset", *FILES, *STREAMS])
+def test_bad_rows_are_left_out_counted_and_the_first_three_logged(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row | {"item": item} for item in ("x", "", " ", "y", "", "", "z") for row in ROWS[:1]]
+    clicks = list(load(kind, rows, tmp_path, **CHOICE, on_bad_row="skip"))
+    assert [row["document"] for row in clicks] == ["x", "y", "z"]
+    shown = [record.getMessage() for record in caplog.records if "A row is left out" in record.getMessage()]
+    assert [place(kind, index) in message for index, message in zip((1, 2, 4), shown[:3], strict=True)] == [True] * 3
+    if kind != "stream":  # which has no end at which to report
+        assert "4 rows of " in caplog.records[-1].getMessage()
+    with pytest.raises(ValueError, match=r"document='item'.*or pass on_bad_row='skip'"):
+        list(load(kind, rows, tmp_path, **CHOICE))
+
+
+def test_broken_lines_are_bad_rows_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "log.csv").write_text("query,document\na,b\nc\nd,e,f\ng,h\n")
+    (tmp_path / "log.jsonl").write_text('{"query": "a", "document": "b"}\nx\n{"query": "g", "document": "h"}\n[]\n')
+    for name, lines in (("log.csv", "34"), ("log.jsonl", "24")):
+        caplog.clear()
+        assert load_clicks(tmp_path / name, on_bad_row="skip")["query"][:] == ["a", "g"]
+        messages = [record.getMessage() for record in caplog.records]
+        assert all(f"line {line} of {name}" in message for line, message in zip(lines, messages, strict=False))
+        assert messages[-1] == f"2 rows of {name} were left out."
+
+
+def test_a_log_without_a_good_row_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "log.csv", [{"query": "", "document": "b"}] * 2)
+    with pytest.raises(ValueError, match="no good row: all 2 rows are left out"):
+        load_clicks(path, on_bad_row="skip")
+    with pytest.raises(ValueError, match="on_bad_row='drop' has to be 'raise' or 'skip'"):
+        load_clicks(path, on_bad_row="drop")
 
 
 def test_a_csv_header_with_one_name_twice_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, Features, Value
 
 from st_fpsloss.data import load_clicks, load_inputs
-from tests.click_logs import FILES, STREAMS, load, refusal, write
+from tests.click_logs import FILES, STREAMS, load, place, refusal, write
 
 DAY = datetime(2024, 2, 29, tzinfo=timezone.utc).timestamp()
 
@@ -44,8 +44,38 @@ def test_timestamps_of_a_data_set_are_seconds(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["dataset", *FILES, *STREAMS])
 def test_a_time_that_is_none_is_refused_with_its_row(kind: str, tmp_path: Path) -> None:
     rows = [{"query": "a", "document": "b", "when": one} for one in ("2024-02-29", "yesterday evening")]
-    with pytest.raises(ValueError, match=refusal("time='when'", "row 1", "'yesterday evening'", "a number, a date")):
+    with pytest.raises(
+        ValueError, match=refusal("time='when'", place(kind, 1), "'yesterday evening'", "a number or an ISO date")
+    ):
         list(load(kind, rows, tmp_path, time="when"))
+
+
+@pytest.mark.parametrize("kind", ["dataset", ".csv", ".jsonl", "stream", "streamed.csv"])
+def test_dates_of_another_form_need_their_format(kind: str, tmp_path: Path) -> None:
+    rows = [{"query": "a", "document": "b", "when": one} for one in ("29.02.2024", "01.03.2024")]
+    clicks = load(kind, rows, tmp_path, time="when", time_format="%d.%m.%Y")
+    assert [row["time"] for row in clicks] == [DAY, DAY + 86_400]
+    with pytest.raises(ValueError, match=refusal(place(kind, 0), "'29.02.2024'", "pass time_format='%d.%m.%Y'")):
+        list(load(kind, rows, tmp_path, time="when"))
+    rows[1]["when"] = "13/13/2024"
+    with pytest.raises(ValueError, match=refusal(place(kind, 1), "'13/13/2024'", "time_format='%d.%m.%Y'")):
+        list(load(kind, rows, tmp_path, time="when", time_format="%d.%m.%Y"))
+
+
+@pytest.mark.parametrize("word", ["now", "today", "Feb 3", "10:00", "3", "01/02/2024", "2024-02-30", "20240229T10"])
+def test_no_time_depends_on_the_clock_or_on_a_guess(word: str) -> None:
+    log = Dataset.from_dict({"query": ["a"], "document": ["b"], "when": [word]})
+    if word == "3":  # a number
+        assert load_clicks(log, time="when")[0]["time"] == 3.0
+        return
+    for time_format in (None, "%d.%m.%Y"):
+        with pytest.raises(ValueError, match=refusal("time='when'", "row 0", repr(word))):
+            load_clicks(log, time="when", time_format=time_format)
+
+
+def test_a_format_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="time_format='%Q'"):
+        load_clicks(Dataset.from_dict({"query": ["a"], "document": ["b"]}), time_format="%Q")
 
 
 @pytest.mark.parametrize("kind", FILES)
