@@ -43,10 +43,10 @@ class DataArguments:
         Args:
             dataset: Files or the id of a data set; None for the script's own.
             split: Split on the Hub; None for the script's own.
-            columns: Further columns, as :func:`st_fpsloss.data.clicks.load_clicks` names them.
+            columns: Further columns, as :func:`st_fpsloss.data.load_clicks` names them.
 
         Returns:
-            The columns of :func:`st_fpsloss.data.clicks.load_clicks`.
+            The columns of :func:`st_fpsloss.data.load_clicks`.
         """
         source = source_of(
             self.dataset if dataset is None else dataset, self.dataset_config, split or self.dataset_split

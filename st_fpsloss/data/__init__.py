@@ -1,6 +1,6 @@
 """Click logs: read and checked, split, and turned into pairs of a history and the next item."""
 
-from st_fpsloss.data import load_clicks, load_inputs
+from st_fpsloss.data.clicks import load_clicks, load_inputs
 from st_fpsloss.data.movielens import MovieLens100K, load_movielens_100k
 from st_fpsloss.data.next_item import histories, next_item_pairs, next_item_windows
 from st_fpsloss.data.splits import hold_out, leave_last_out, split_by_time

@@ -37,10 +37,10 @@ def group_by_user(log: Dataset, user: str, time: str) -> GroupedByUser:
     times = time_column(log, time)
     if pd.api.types.is_datetime64_any_dtype(times.dtype):
         times = times.astype("int64")
-    codes, users = pd.factorize(id_column(log, user, "user").to_pandas(), sort=True)
+    user_of_row, users = pd.factorize(id_column(log, user, "user").to_pandas(), sort=True)
     # lexsort is stable.
-    order = np.lexsort((times.to_numpy(), codes))
-    stops = np.cumsum(np.bincount(codes))
+    order = np.lexsort((times.to_numpy(), user_of_row))
+    stops = np.cumsum(np.bincount(user_of_row))
     return GroupedByUser(order, np.concatenate([[0], stops[:-1]]), stops, users.tolist())
 
 

@@ -1,4 +1,4 @@
-"""Inputs as numbers: which rows of a data set hold the same query or document, be they strings or dicts."""
+"""Inputs as numbers: which rows of a data set have the same query or document, be they strings or dicts."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def canonical_string(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that are equal, spelled alike: a table's column may hold 3 as 3.0."""
+    """Equal numbers become one: a table's column may have 3 as 3.0."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 
 
 def distinct(inputs: Iterable[Any]) -> dict[str, Any]:
-    """Spelling -> input, each once, in the order in which they first occur.
+    """Canonical string -> input, each once, in the order in which they first occur.
 
     Example:
         >>> list(distinct(["tent", {"text": "a", "year": None}, "tent", {"text": "a"}]).values())
@@ -50,7 +50,7 @@ def distinct(inputs: Iterable[Any]) -> dict[str, Any]:
 
 
 def canonical_strings(dataset: Dataset, column: str) -> list[str]:
-    """The canonical_string of every row of a column."""
+    """The canonical string of every row of a column."""
     values = dataset.data.column(column)
     if dataset._indices is not None:
         values = values.take(dataset._indices.column(0))
@@ -59,19 +59,19 @@ def canonical_strings(dataset: Dataset, column: str) -> list[str]:
     return [canonical_string(value) for value in dataset.with_format(None)[column]]
 
 
-def factorize(spelled: Iterable[str], known: Mapping[str, int] | None = None) -> tuple[np.ndarray, dict[str, int]]:
-    """A number for each canonical_string: that in ``known``, the others counted on from there.
+def factorize(strings: Iterable[str], known: Mapping[str, int] | None = None) -> tuple[np.ndarray, dict[str, int]]:
+    """A number for each canonical string: that in ``known``, the others counted on from there.
 
     Returns:
-        (codes, known): (N,) int64, and canonical_string -> number.
+        (numbers, number_of): (N,) int64, and canonical string -> number.
     """
     number_of = dict(known or {})
-    numbers = [number_of.setdefault(text, len(number_of)) for text in spelled]
+    numbers = [number_of.setdefault(text, len(number_of)) for text in strings]
     return np.array(numbers, dtype=np.int64), number_of
 
 
 def is_positive(dataset: Dataset) -> np.ndarray:
-    """TokenizedRows, (N,) bool, with r > 0; all of them without a label."""
+    """Which rows, (N,) bool, have r > 0; all of them without a label."""
     for name in LABEL_COLUMNS:
         if name in dataset.column_names:
             return np.asarray(dataset.with_format(None)[name][:], dtype=np.float64) > 0
@@ -107,7 +107,7 @@ def pairs_of(
 def canonical_pairs(
     known_positives: Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]] | None,
 ) -> tuple[list[str], list[str]]:
-    """Spellings of the queries and of the documents of known pairs."""
+    """Canonical strings of the queries and of the documents of known pairs."""
     queries, documents = pairs_of(known_positives)
     return [canonical_string(query) for query in queries], [canonical_string(document) for document in documents]
 

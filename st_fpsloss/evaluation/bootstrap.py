@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import bootstrap
+
+_RESAMPLED_VALUES = 2**20  # in memory at a time
 
 
 def bootstrap_interval(
@@ -14,7 +17,7 @@ def bootstrap_interval(
 
     Args:
         values: (num_queries,) metric of each query, as ``RetrievalEvaluator.per_query`` gives it.
-        num_samples: How many times the queries are drawn anew.
+        num_samples: How many times the queries are resampled.
         confidence: Share of those means that lies inside the interval, between 0 and 1.
         seed: Seed of the draws.
 
@@ -36,10 +39,18 @@ def bootstrap_interval(
         raise ValueError(f"num_samples={num_samples} has to be 1 or more.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} has to lie between 0 and 1, such as 0.95.")
-    generator = np.random.default_rng(seed)
-    means = [sample[generator.integers(0, len(sample), len(sample))].mean() for _ in range(num_samples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    if len(sample) == 1:  # scipy needs two
+        return float(sample[0]), float(sample[0])
+    interval = bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=num_samples,
+        batch=max(1, _RESAMPLED_VALUES // len(sample)),
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def paired_difference(
@@ -57,7 +68,7 @@ def paired_difference(
     Args:
         a: (num_queries,) metric of each query for one system.
         b: (num_queries,) the same for the other one, in the same order.
-        num_samples: How many times the queries are drawn anew.
+        num_samples: How many times the queries are resampled.
         confidence: Share of the means that lies inside the interval.
         seed: Seed of the draws.
 

@@ -34,7 +34,7 @@ ScoreFunction = Callable[[list[Any]], Any]
 """Query ids -> (number of ids, number of documents) array of scores, columns in the order of ``corpus_ids``."""
 
 CELLS_PER_CHUNK = 2**23
-"""Scores held at a time; a chunk has 16 to 1,024 queries."""
+"""Scores in memory at a time; a chunk has 16 to 1,024 queries."""
 
 DOCUMENTS_PER_CHUNK = 8192
 """Documents in one matrix product."""
@@ -76,8 +76,6 @@ class RetrievalEvaluator(BaseEvaluator):
         name: Prefix of the metrics' names, and part of the name of the CSV file.
         batch_size: Inputs in one forward pass.
         show_progress_bar: Whether to show progress bars.
-        write_csv: Whether to append the metrics of each call to ``retrieval_evaluation_{name}_results.csv`` in the
-            ``output_path`` of the call.
         popularity: Document id to its number of clicks in the training log, for the metrics by popularity. A document
             that is missing has none.
 
@@ -122,7 +120,6 @@ class RetrievalEvaluator(BaseEvaluator):
         name: str = "",
         batch_size: int = 32,
         show_progress_bar: bool = False,
-        write_csv: bool = True,
         popularity: Mapping[Any, float] | None = None,
     ) -> None:
         super().__init__()
@@ -130,7 +127,6 @@ class RetrievalEvaluator(BaseEvaluator):
         self.name = name
         self.batch_size = batch_size
         self.show_progress_bar = show_progress_bar
-        self.write_csv = write_csv
         self.csv_file = f"retrieval_evaluation{'_' + name.replace('/', '-') if name else ''}_results.csv"
         self.primary_metric = self._prefixed(f"ndcg@{10 if 10 in self.at else self.at[-1]}")
         _check_mapping("queries", queries, "query id to input")
@@ -202,7 +198,8 @@ class RetrievalEvaluator(BaseEvaluator):
 
         Args:
             model: The model to evaluate.
-            output_path: Folder of the CSV file; None: no file.
+            output_path: Folder of ``retrieval_evaluation_{name}_results.csv``, to which the metrics are appended; None:
+                no file.
             epoch: Epoch of the evaluation, for the log and the CSV file; -1 outside of training.
             steps: Steps of the evaluation, the same.
 
@@ -216,7 +213,7 @@ class RetrievalEvaluator(BaseEvaluator):
         metrics = self._evaluate(model)
         for metric, value in metrics.items():
             logger.info("%s: %.4f", metric, value)
-        if output_path is not None and self.write_csv:
+        if output_path is not None:
             self._append_csv(Path(output_path), {"epoch": epoch, "steps": steps, **metrics})
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics

@@ -28,7 +28,7 @@ def clicks_evaluator(
 
     Args:
         clicks: The rows, with the columns ``query`` and ``document``, and ``label`` where they are graded.
-        documents: Further documents that are ranked: those of the training log, or the whole catalogue.
+        documents: Further documents that are ranked: those of the training log, or the whole corpus.
         seen: Rows whose documents are left out of the rankings of their queries, such as the training log where
             nobody is recommended the same twice.
         at: The cutoffs k.
@@ -52,7 +52,7 @@ def clicks_evaluator(
     rows = clicks.with_format(None)
     queries, corpus = distinct(rows["query"]), distinct(chain(documents, rows["document"]))
     relevant: dict[str, dict[str, float]] = {}
-    for query, document, grade in zip(*_spelled_pairs(clicks), _grades(clicks), strict=True):
+    for query, document, grade in zip(*_canonical_pairs(clicks), _grades(clicks), strict=True):
         of_query = relevant.setdefault(query, {})
         of_query[document] = max(grade, of_query.get(document, grade))
     return RetrievalEvaluator(
@@ -60,7 +60,7 @@ def clicks_evaluator(
     )
 
 
-def _spelled_pairs(rows: Dataset) -> tuple[list[str], list[str]]:
+def _canonical_pairs(rows: Dataset) -> tuple[list[str], list[str]]:
     return canonical_strings(rows, "query"), canonical_strings(rows, "document")
 
 
@@ -76,7 +76,7 @@ def _seen_docs(seen: Dataset | None, queries: dict[str, Any], corpus: dict[str, 
     found: dict[str, set[str]] = {}
     if seen is not None:
         check_columns(seen, ["query", "document"], argument="seen")
-        for query, document, clicked in zip(*_spelled_pairs(seen), is_positive(seen), strict=True):
+        for query, document, clicked in zip(*_canonical_pairs(seen), is_positive(seen), strict=True):
             if clicked and query in queries and document in corpus:
                 found.setdefault(query, set()).add(document)
     return found

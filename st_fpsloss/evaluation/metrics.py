@@ -97,12 +97,13 @@ def relevant_ranks(scores: np.ndarray, relevant: np.ndarray, grades: np.ndarray,
         >>> relevant_ranks(scores, np.array([1, 3]), np.array([1.0, 1.0]), seen=np.array([0]))
         array([2, 3])
     """
-    own = scores[relevant]
+    relevant_scores = scores[relevant]
     no_rivals = scores[np.concatenate([relevant, seen])]
-    order = np.lexsort((grades, -own))
+    order = np.lexsort((grades, -relevant_scores))
     ranks = np.empty(len(relevant), dtype=np.int64)
     for position, index in enumerate(order.tolist()):
-        rivals = np.count_nonzero(scores >= own[index]) - np.count_nonzero(no_rivals >= own[index])
+        score = relevant_scores[index]
+        rivals = np.count_nonzero(scores >= score) - np.count_nonzero(no_rivals >= score)
         ranks[index] = rivals + position + 1
     return ranks
 

@@ -1,4 +1,4 @@
-"""Whom a ranking serves: NDCG by the popularity of the relevant document, and how much of the corpus is ever shown."""
+"""Popularity metrics: NDCG by the popularity of the relevant document, and how much of the corpus is ever shown."""
 
 from __future__ import annotations
 

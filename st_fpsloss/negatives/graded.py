@@ -111,6 +111,6 @@ def _at_most(
     """At most so many pairs of each query, at random, in the order they came."""
     query = of_row[better]
     order = np.lexsort((np.random.default_rng(seed).random(len(better)), query))
-    place = np.arange(len(better)) - np.searchsorted(query[order], query[order])
-    kept = np.sort(order[place < max_pairs])
+    position = np.arange(len(better)) - np.searchsorted(query[order], query[order])
+    kept = np.sort(order[position < max_pairs])
     return better[kept], worse[kept]

@@ -1,4 +1,4 @@
-"""Negative columns for a data set of clicks, sampled or mined, drawn anew every epoch while the data set stays."""
+"""Negative columns for a data set of clicks, sampled or mined, resampled every epoch while the data set stays."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from st_fpsloss.frequencies.table import FrequencyTable
 from st_fpsloss.negatives.hard import HARD_NEGATIVES, mine_hard_negatives
 from st_fpsloss.negatives.sampler import NegativeSampler, Pools
 
-__all__ = ["RedrawNegatives", "mine_hard_negatives", "mixture_frequencies", "resample", "with_negatives"]
+__all__ = ["ResampleNegatives", "mine_hard_negatives", "mixture_frequencies", "resample", "with_negatives"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,17 @@ def with_negatives(
 
     A negative is never a known positive of the row's query. Draws depend on seed, epoch and row alone: batches,
     samplers, workers and processes change nothing, and a resumed run goes on with the negatives of the interrupted one.
-    They are drawn anew at the start of each epoch by :class:`st_fpsloss.LossStateCallback` (or
-    :class:`RedrawNegatives`, with other losses, or :func:`resample`, without the trainer).
+    They are resampled at the start of each epoch by :class:`st_fpsloss.LossStateCallback` (or
+    :class:`ResampleNegatives`, with other losses, or :func:`resample`, without the trainer).
 
     What is added to the data set is an array of row numbers. (After ``shuffle`` or ``select``, ``datasets`` writes the
-    rows in their new order first.) Evaluate on a data set of its own: negatives are drawn anew for all data sets
+    rows in their new order first.) Evaluate on another data set: negatives are resampled for all data sets
     that go back to one call.
 
     Args:
         clicks: the data set, with the columns ``query`` and ``document``, and ``label`` where it has one.
         num_negatives: columns to add; 5 to 20 are usual.
-        documents: the documents to draw from, as a sequence of inputs or a dict of id to input; it holds every document
+        documents: the documents to draw from, as a sequence of inputs or a dict of id to input; it has every document
             of the data set. None for the documents of the data set.
         power: a document is drawn in proportion to its clicks to this power: 0.75 as in word2vec, 1 as the clicks are,
             0 for all alike. With ``documents`` and a power above 0, those without a click are never drawn.
@@ -69,7 +69,7 @@ def with_negatives(
             (:func:`mine_hard_negatives`), which needs ``documents`` by id. Where a pool is too
             small, sampled ones take their place.
         known_positives: further pairs, query -> documents or (query, document), that are positives: those of the whole
-            log, where the data set is a part of it. The data set's own rows with r > 0 always are.
+            log, where the data set is a part of it. The rows of the data set with r > 0 always are.
         seed: another seed gives other draws.
         query: name of the column of queries.
         document: name of the column of documents.
@@ -89,8 +89,8 @@ def with_negatives(
     """
     _check_numbers(num_negatives, num_hard, power, seed)
     check_columns(clicks, [query, document, *([HARD_NEGATIVES] if num_hard else [])])
-    catalogue = _Catalogue.of(clicks, documents, document)
-    draws = SampledNegatives(clicks, catalogue, num_negatives, num_hard, power, known_positives, seed, query, document)
+    corpus = _Corpus.of(clicks, documents, document)
+    draws = SampledNegatives(clicks, corpus, num_negatives, num_hard, power, known_positives, seed, query, document)
     if num_hard:
         clicks = clicks.remove_columns(HARD_NEGATIVES)
     return _with_row_numbers(clicks, draws.columns).with_transform(draws)
@@ -107,7 +107,7 @@ class SampledNegatives:
     def __init__(
         self,
         clicks: Dataset,
-        catalogue: _Catalogue,
+        corpus: _Corpus,
         num_negatives: int,
         num_hard: int,
         power: float,
@@ -121,21 +121,21 @@ class SampledNegatives:
             first += 1
         self.columns = [f"negative_{number}" for number in range(first, first + num_negatives)]
         self._num_hard = num_hard
-        self._inputs = catalogue.inputs
-        self._document_of_row = catalogue.of_row
+        self._inputs = corpus.inputs
+        self._document_of_row = corpus.of_row
         self._query_of_row, number_of = factorize(canonical_strings(clicks, query))
         self._num_queries = len(number_of)
-        self._asks = asks = is_positive(clicks)
-        queries, documents = _known_pairs(known_positives, number_of, catalogue.number_of)
-        queries = np.concatenate([self._query_of_row[asks], queries])
-        documents = np.concatenate([catalogue.of_row[asks], documents])
-        counts = np.bincount(catalogue.of_row[asks], minlength=len(self._inputs)).astype(np.float64)
+        self._is_positive = positive = is_positive(clicks)
+        queries, documents = _known_pairs(known_positives, number_of, corpus.number_of)
+        queries = np.concatenate([self._query_of_row[positive], queries])
+        documents = np.concatenate([corpus.of_row[positive], documents])
+        counts = np.bincount(corpus.of_row[positive], minlength=len(self._inputs)).astype(np.float64)
         weights = counts**power  # 0 to the power 0 is 1
         self._sampler = _sampler(weights, queries, documents, number_of, seed)
-        self._pools = self._allowed_pools(clicks, catalogue) if num_hard else Pools.empty(len(clicks))
+        self._pools = self._allowed_pools(clicks, corpus) if num_hard else Pools.empty(len(clicks))
         # In shared memory, so that the workers of a data loader see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._redrawn, self._num_served = False, 0
+        self._was_resampled, self._num_served = False, 0
 
     @property
     def epoch(self) -> int:
@@ -145,7 +145,7 @@ class SampledNegatives:
     def set_epoch(self, epoch: int) -> None:
         """Give the negatives of another epoch from now on."""
         self._epoch.fill_(epoch)
-        self._redrawn = True
+        self._was_resampled = True
 
     def numbers(self, rows: np.ndarray) -> np.ndarray:
         """Numbers (N, columns) of the negatives of rows (N,): sampled ones, and from column 0 on the hard ones."""
@@ -173,14 +173,14 @@ class SampledNegatives:
         return self
 
     def q(self, in_batch: bool) -> np.ndarray:
-        """Probability (D,) that a document column holds each document, over the rows and draws of an epoch.
+        """Probability (D,) that a document column has each document, over the rows and draws of an epoch.
 
         Args:
             in_batch: whether the column of the positives is one of the columns, as for in-batch negatives, or the
                 columns are the negative ones of rows with r > 0 alone, as for explicit negatives.
         """
         num_documents = len(self._inputs)
-        rows = np.arange(len(self._asks)) if in_batch else np.flatnonzero(self._asks)
+        rows = np.arange(len(self._is_positive)) if in_batch else np.flatnonzero(self._is_positive)
         expected, missing = self._pools.marginal(rows, self._num_hard, num_documents)
         num_sampled = len(self.columns) - self._num_hard + missing
         per_query = np.bincount(self._query_of_row[rows], num_sampled, minlength=self._num_queries)
@@ -196,12 +196,12 @@ class SampledNegatives:
         table.update(keys, torch.from_numpy(self.q(in_batch)))
         return {"document": table}
 
-    def _allowed_pools(self, clicks: Dataset, catalogue: _Catalogue) -> Pools:
+    def _allowed_pools(self, clicks: Dataset, corpus: _Corpus) -> Pools:
         """The mined negatives of each row that are no known positives."""
         mined = clicks.with_format(None)[HARD_NEGATIVES][:]
         lengths = np.array([len(ids) for ids in mined], dtype=np.int64)
         try:
-            numbers = [catalogue.number_of_id[document_id] for ids in mined for document_id in ids]
+            numbers = [corpus.number_of_id[document_id] for ids in mined for document_id in ids]
         except KeyError as error:
             raise ValueError(
                 f"`documents` lacks the id {error.args[0]!r} of a mined negative. Pass the dict of id to input that "
@@ -215,11 +215,11 @@ class SampledNegatives:
     def _note(self, num_rows: int) -> None:
         self._num_served += num_rows
         # The model card and some batch samplers read rows too.
-        if not self._redrawn and self._num_served > 3 * len(self._query_of_row) + 10_000:
-            self._redrawn = True  # warn once
+        if not self._was_resampled and self._num_served > 3 * len(self._query_of_row) + 10_000:
+            self._was_resampled = True  # warn once
             logger.warning(
                 "Every epoch gets the same negatives: nothing tells the data set that an epoch begins. Add "
-                "`callbacks=[LossStateCallback(loss)]` or `callbacks=[RedrawNegatives()]` to the trainer, or call "
+                "`callbacks=[LossStateCallback(loss)]` or `callbacks=[ResampleNegatives()]` to the trainer, or call "
                 "`resample(dataset, epoch)`."
             )
 
@@ -280,8 +280,8 @@ def _drawing(dataset: Any) -> Iterator[SampledNegatives]:
             yield transform
 
 
-class RedrawNegatives(TrainerCallback):
-    """Draws the negatives of :func:`with_negatives` anew at the start of each epoch.
+class ResampleNegatives(TrainerCallback):
+    """Resamples the negatives of :func:`with_negatives` at the start of each epoch.
 
     :class:`st_fpsloss.LossStateCallback` does this too; this one is for losses that are not of this package.
     """
@@ -294,12 +294,12 @@ class RedrawNegatives(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class _Catalogue:
+class _Corpus:
     """The D documents to draw from, by number.
 
     Args:
-        inputs: (D,) what each document is spelled out as.
-        number_of: canonical_string -> number.
+        inputs: (D,) input of each document.
+        number_of: canonical string -> number.
         of_row: (N,) number of the document of each row of the data set.
         number_of_id: id -> number; empty where documents have no ids.
     """
@@ -310,18 +310,18 @@ class _Catalogue:
     number_of_id: dict[Any, int]
 
     @classmethod
-    def of(cls, clicks: Dataset, documents: Documents | None, column: str) -> _Catalogue:
+    def of(cls, clicks: Dataset, documents: Documents | None, column: str) -> _Corpus:
         """The given documents, or those of the data set."""
-        spelled = canonical_strings(clicks, column)
+        of_rows = canonical_strings(clicks, column)
         if documents is None:
-            of_row, number_of = factorize(spelled)
+            of_row, number_of = factorize(of_rows)
             first = np.unique(of_row, return_index=True)[1]
             return cls(_objects(clicks.with_format(None).select(first)[column][:]), number_of, of_row, {})
         if isinstance(documents, str) or not len(documents):
             raise ValueError(f"`documents` must be a dict or a list of inputs, got {documents!r}.")
         by_id = documents if isinstance(documents, Mapping) else dict(enumerate(documents))
         numbers, number_of = factorize(map(canonical_string, by_id.values()))
-        of_row, with_missing = factorize(spelled, number_of)
+        of_row, with_missing = factorize(of_rows, number_of)
         if len(with_missing) > len(number_of):
             row = int(np.argmax(of_row >= len(number_of)))
             raise ValueError(

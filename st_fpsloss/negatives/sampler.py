@@ -86,12 +86,12 @@ class NegativeSampler:
         """Different documents (N, num_negatives) out of each row's pool, -1 where it has too few."""
         lengths = pools.offsets[rows + 1] - pools.offsets[rows]
         width = max(int(lengths.max(initial=0)), num_negatives)
-        place = np.arange(width)
-        held = place < lengths[:, None]
-        at = np.minimum(pools.offsets[rows][:, None] + place, max(len(pools.documents) - 1, 0))
-        documents = np.where(held, pools.documents[at] if len(pools.documents) else -1, -1)
-        keys = self._uniform(np.repeat(rows, width), np.tile(place, len(rows)), epoch, _ATTEMPTS + 1)
-        keys = np.where(held, keys.reshape(len(rows), width), 2.0)
+        position = np.arange(width)
+        is_filled = position < lengths[:, None]
+        at = np.minimum(pools.offsets[rows][:, None] + position, max(len(pools.documents) - 1, 0))
+        documents = np.where(is_filled, pools.documents[at] if len(pools.documents) else -1, -1)
+        keys = self._uniform(np.repeat(rows, width), np.tile(position, len(rows)), epoch, _ATTEMPTS + 1)
+        keys = np.where(is_filled, keys.reshape(len(rows), width), 2.0)
         return np.take_along_axis(documents, np.argsort(keys, axis=1)[:, :num_negatives], axis=1)
 
     def marginal(self, draws_of_query: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Files that a kill cannot spoil: written whole or not at all, or added to line by line."""
+"""Atomic writes: a file is written whole or not at all, or added to line by line."""
 
 from __future__ import annotations
 

@@ -357,11 +357,10 @@ def test_every_call_appends_a_line_to_the_csv_file(tmp_path, caplog):
     assert [line[2] for line in read_csv(file) if line[0] == "epoch"] == [f"movies/val_hr@{k}" for k in (1, 2, 1)]
 
 
-def test_no_file_is_written_without_a_path_or_when_it_is_switched_off(tmp_path, monkeypatch):
+def test_no_file_is_written_without_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = static_model(["a", "b", "x", "y"], vectors(4))
     make()(model)
-    make(write_csv=False)(model, str(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 

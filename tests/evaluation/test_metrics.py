@@ -184,6 +184,15 @@ def test_bootstrap_interval_covers_the_mean_and_narrows_with_more_queries():
     assert narrow_high - narrow_low < 0.5 * (high - low)
 
 
+def test_bootstrap_interval_is_the_percentiles_of_resampled_means():
+    values = np.random.default_rng(0).random(300)
+    rng = np.random.default_rng(7)
+    means = [values[rng.integers(0, 300, 300)].mean() for _ in range(500)]
+    expected = np.quantile(means, [0.05, 0.95])
+    np.testing.assert_allclose(bootstrap_interval(values, num_samples=500, confidence=0.9, seed=7), expected)
+    assert bootstrap_interval([0.25]) == (0.25, 0.25)
+
+
 def test_bootstrap_interval_depends_on_the_seed_alone():
     values = np.random.default_rng(0).random(100)
     assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from st_fpsloss import FPSLoss, LossStateCallback, PairCELoss, SampledSoftmaxLoss
 from st_fpsloss.negatives.hard import HARD_NEGATIVES
-from st_fpsloss.negatives.sampled import RedrawNegatives, mixture_frequencies, resample, with_negatives
+from st_fpsloss.negatives.sampled import ResampleNegatives, mixture_frequencies, resample, with_negatives
 from tests.losses.conftest import sentences, small_model
 from tests.training.runs import trainer, weights
 
@@ -250,7 +250,7 @@ def test_a_dictionary_of_data_sets_and_other_losses_are_redrawn_by_the_callback(
     parts = DatasetDict({"a": with_negatives(log(16), 2), "b": with_negatives(log(16, seed=1), 2)})
     losses = {"a": PairCELoss(model, learn_scale=False), "b": SampledSoftmaxLoss(model, learn_scale=False)}
     job = trainer(tmp_path, model, losses, False, parts, max_steps=6, router_mapping=MAPPING)
-    job.add_callback(RedrawNegatives())
+    job.add_callback(ResampleNegatives())
     job.train()
     draws = [part.format["format_kwargs"]["transform"] for part in parts.values()]
     assert [transform.keywords["transform"].epoch for transform in draws] == [1, 1]
@@ -261,7 +261,7 @@ def test_without_a_callback_it_warns_once_that_every_epoch_is_the_same(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(1100):
             dataset[:]
-    assert sum("RedrawNegatives()" in record.message for record in caplog.records) == 1
+    assert sum("ResampleNegatives()" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize(
