@@ -28,7 +28,7 @@ from st_fpsloss.negatives.sampled import resample
 from st_fpsloss.towers import freeze_unused_parameters
 from st_fpsloss.training.checkpoints import files_of
 from st_fpsloss.training.diagnostics import LossDiagnostics, batch_statistics, summary, training_warnings
-from st_fpsloss.training.setting_checks import check_setting, prompt_warnings, setting_warnings
+from st_fpsloss.training.setting_checks import check_inputs, check_setting, prompt_warnings, setting_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
         self._check_alone(state)
         for loss in self._losses.values():
             check_setting(loss, model, args)
+        check_inputs(getattr(kwargs.get("train_dataloader"), "dataset", None))
         if state.is_world_process_zero and isinstance(model, SentenceTransformer):
             for name, loss in self._losses.items():
                 _warn(name, setting_warnings(loss, model))

@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import nn
 from transformers import TrainingArguments
 
+from st_fpsloss.data.inputs import LABEL_COLUMNS
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.fps import FPSLoss
 from st_fpsloss.losses.sampled_softmax import SampledSoftmaxLoss
@@ -45,6 +46,22 @@ def check_setting(loss: ClickLoss, model: nn.Module | None, args: TrainingArgume
             f"{prompts!r}: none would be recognised, and none masked. Leave out one of the two, or put the prompts "
             "into the texts themselves, those of the data set and those of `known_positives`."
         )
+
+
+def check_inputs(dataset: Any) -> None:
+    """Refuse a training data set with a column of floats or dates that is no label: it would be taken for documents.
+
+    Raises:
+        ValueError: If there is one, such as the ``time`` of :func:`st_fpsloss.data.load_clicks`.
+    """
+    for part in getattr(dataset, "datasets", [dataset]):  # of a dictionary of data sets the trainer makes one
+        for name, feature in (getattr(part, "features", None) or {}).items():
+            kind = getattr(feature, "dtype", "")
+            if name not in LABEL_COLUMNS and kind.startswith(("float", "timestamp", "date")):
+                raise ValueError(
+                    f"The training data set's column {name!r} holds {kind}, and every column that is no label is taken "
+                    f"for queries or documents: remove it before training, dataset.remove_columns({name!r})."
+                )
 
 
 def prompt_warnings(args: TrainingArguments) -> list[str]:

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 from transformers import TrainerCallback
 
 from st_fpsloss import FPSLoss, LossStateCallback, last_complete_checkpoint
+from st_fpsloss.data import load_clicks
 from st_fpsloss.training.setting_checks import check_setting
 from tests.losses.conftest import small_model
 from tests.training.runs import click_log, trainer, weights
@@ -198,6 +200,15 @@ def test_a_callback_of_another_loss_object_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another object than the trainer's loss"):
         training.train()
     assert training.state.global_step == 1
+
+
+def test_a_column_of_times_is_refused_with_the_cure(tmp_path):
+    log = click_log().to_dict() | {"when": [0.5] * 64}
+    clicks = load_clicks(Dataset.from_dict(log), time="when")
+    for dataset in (clicks, {"a": clicks}, clicks.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=r"column 'time' holds float64.*remove_columns\('time'\)"):
+            trainer(tmp_path, dataset=dataset).train()
+    trainer(tmp_path, dataset=clicks.remove_columns("time"), max_steps=1).train()
 
 
 def test_known_positives_with_prompts_are_refused(tmp_path):
