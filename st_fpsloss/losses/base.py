@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -32,6 +31,7 @@ from st_fpsloss.losses.checks import (
     check_shape,
     similarity_of,
 )
+from st_fpsloss.losses.diagnostics import DiagnosedLoss
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +40,7 @@ _NUM_TOKENS_CPU = 2048
 _NUM_TOKENS_ACCELERATOR = 32768
 
 
-class ScaleAndBias(nn.Module):
-    """Holds log α and β.
-
-    A module of its own for its name in the loss: transformers exempts parameters from weight decay by name, and
-    ``scale_and_bias.logit_scale`` contains "bias" where a bare ``logit_scale`` would be decayed.
-    """
-
-    def __init__(self, scale: float, bias: float, learn_scale: bool, learn_bias: bool) -> None:
-        super().__init__()
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn_scale)
-        self.logit_bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn_bias)
-
-
-class ClickLoss(nn.Module, ABC):
+class ClickLoss(DiagnosedLoss, ABC):
     """Base of the losses on click logs: columns query, document, any number of negative documents, and a label r.
 
     A subclass says what is to be learned from unique embeddings (:meth:`objective`) and which rows it needs
@@ -83,19 +70,18 @@ class ClickLoss(nn.Module, ABC):
         cache_gradients: bool | int = False,
         gather_across_devices: bool = False,
     ) -> None:
-        super().__init__()
+        similarity = similarity_of(model, similarity)
+        if scale is None:
+            scale = 1 / 0.07 if similarity == "cosine" else 1.0
+        super().__init__(scale, bias, learn_scale, learn_bias, max_scale)
         self.model = model
-        self.similarity = similarity_of(model, similarity)
-        scale = (1 / 0.07 if self.similarity == "cosine" else 1.0) if scale is None else scale
-        if not 0 < scale <= max_scale:
-            raise ValueError(f"`scale` must be above 0 and at most `max_scale` = {max_scale}, got {scale!r}.")
+        self.similarity = similarity
         check_choice("relevance", relevance, get_args(Relevance))
         check_choice("duplicates", duplicates, get_args(Duplicates))
         if known_positives is not None and duplicates == "keep":
             raise ValueError("`known_positives` needs `duplicates='mask'`: 'keep' masks nothing.")
         if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
             raise ValueError(f"`mini_batch_num_tokens` must be at least 1 or None, got {mini_batch_num_tokens!r}.")
-        self.max_scale = max_scale
         self.relevance = relevance
         self.duplicates = duplicates
         self.known_positives = None if known_positives is None else KnownPositives(model, known_positives)
@@ -104,35 +90,9 @@ class ClickLoss(nn.Module, ABC):
         self.cache_gradients = cache_gradients
         self.uses_gradient_cache = cache_gradients is not False  # MatryoshkaLoss asks
         self.gather_across_devices = gather_across_devices
-        self.scale_and_bias = ScaleAndBias(scale, bias, learn_scale, learn_bias)
         self.has_state_callback = False  # LossStateCallback sets it
-        self.last_batch: tuple[Tensor, Tensor, ClickBatch] | None = None  # and looks at this, now and then
+        self.last_batch = None  # and looks at this, now and then
         self._routes_by_task = routes_by_task(model)
-
-    @property
-    def logit_scale(self) -> nn.Parameter:
-        """The parameter log α."""
-        return self.scale_and_bias.logit_scale
-
-    @property
-    def logit_bias(self) -> nn.Parameter:
-        """The parameter β."""
-        return self.scale_and_bias.logit_bias
-
-    @property
-    def alpha(self) -> float:
-        """α, what the similarities are multiplied by."""
-        return self.logit_scale.detach().exp().item()
-
-    @property
-    def beta(self) -> float:
-        """β, what is added to the scaled similarities."""
-        return self.logit_bias.item()
-
-    @property
-    def temperature(self) -> float:
-        """1/α."""
-        return 1 / self.alpha
 
     @abstractmethod
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
@@ -269,40 +229,10 @@ class ClickLoss(nn.Module, ABC):
     def _gathers(self) -> bool:
         return self.gather_across_devices and world_size() > 1
 
-    def clamp_(self) -> None:
-        """Bring α back to at most ``max_scale`` (CLIP's bound), which an optimizer step may have overshot."""
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=math.log(self.max_scale))
-
-    def export_state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold of the loss, as plain values that JSON keeps exactly."""
-        return {
-            "class": type(self).__name__,
-            "logit_scale": self.logit_scale.item(),
-            "logit_bias": self.logit_bias.item(),
-        }
-
-    def import_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`export_state` gave.
-
-        Raises:
-            ValueError: If it is the state of another kind of loss.
-        """
-        if state["class"] != type(self).__name__:
-            raise ValueError(
-                f"The checkpoint holds the state of a {state['class']}, not of a {type(self).__name__}. Resume with "
-                "the loss that the run was started with, or start a new run from the checkpoint's model."
-            )
-        with torch.no_grad():
-            self.logit_scale.fill_(state["logit_scale"])
-            self.logit_bias.fill_(state["logit_bias"])
-
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
         return {
-            "scale": round(self.alpha, 4),
-            "learn_scale": self.logit_scale.requires_grad,
-            "max_scale": self.max_scale,
+            **super().get_config_dict(),
             "relevance": self.relevance,
             "duplicates": self.duplicates,
             "similarity": self.similarity,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -11,11 +11,15 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from st_fpsloss.batch.clicks import ClickBatch, Direction
+from st_fpsloss.batch.clicks import ClickBatch, Direction, renumbered
+from st_fpsloss.batch.statistics import has_in_batch_negatives
 from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.arguments import LogQArguments
 from st_fpsloss.losses.log_q import LogQLoss
 from st_fpsloss.objectives.softmax import full_product_softmax
+
+_SAMPLED_ANCHORS = 64  # whose negatives are looked at for a warning
+_FEW_NEGATIVES, _OF_MANY = 2.0, 20
 
 
 class FPSLoss(LogQLoss):
@@ -96,6 +100,52 @@ class FPSLoss(LogQLoss):
             anchors, targets = batch.softmax_targets(direction, self.relevance, self.duplicates, self.log_q)
             losses.append(full_product_softmax(asking[anchors], answering, alpha, targets))
         return torch.stack(losses).mean()
+
+    def setting_warnings(self, model: SentenceTransformer) -> list[str]:
+        """What is wrong with the settings, known before training; a sentence each, with its cure."""
+        found = super().setting_warnings(model)
+        if self.beta != 0:
+            found.append(
+                f"bias={self.beta:g} has no effect: β cancels in a softmax, its gradient is 0. Leave `bias` off, or "
+                "train with SigmoidLoss, where β counts."
+            )
+        return found
+
+    def has_negatives(self, batch: ClickBatch) -> bool:
+        """Whether any row with r > 0 has a negative in one of the directions."""
+        return any(has_in_batch_negatives(batch, direction, self.duplicates) for direction in self.directions)
+
+    def statistics_of(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> dict[str, float]:
+        """Figures of a batch; distinct and effective negatives in the first direction, the mean over some anchors."""
+        figures = super().statistics_of(queries, documents, batch)
+        direction: Direction = "query_to_doc" if "query_to_doc" in self.directions else "doc_to_query"
+        anchor_rows, candidates = (queries, documents) if direction == "query_to_doc" else (documents, queries)
+        anchors, targets = batch.softmax_targets(direction, self.relevance, "mask", self.log_q)
+        sample = torch.arange(0, len(anchors), max(1, len(anchors) // _SAMPLED_ANCHORS), device=anchors.device)
+        dtype = torch.promote_types(candidates.dtype, torch.float32)
+        logits = self.alpha * anchor_rows[anchors[sample]].to(dtype) @ candidates.to(dtype).T
+        logits += targets.candidate_log_weight.to(dtype)
+        assert targets.false_negatives is not None
+        row, candidate = renumbered(targets.false_negatives, sample, len(anchors))
+        logits[row, candidate] = -torch.inf
+        entropy = torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
+        has_negatives = entropy.isfinite()  # without any, it is NaN
+        if has_negatives.any():
+            figures["distinct_negatives"] = float((logits > -torch.inf).sum(dim=1)[has_negatives].to(dtype).mean())
+            figures["effective_negatives"] = float(entropy[has_negatives].exp().mean())
+        return figures
+
+    def training_warnings(self, means: Mapping[str, float]) -> list[str]:
+        """What is wrong with a training by the means of its figures; a sentence each, with its cure."""
+        found = super().training_warnings(means)
+        distinct, effective = means.get("distinct_negatives", 0.0), means.get("effective_negatives", 0.0)
+        if distinct >= _OF_MANY and effective < _FEW_NEGATIVES:
+            found.append(
+                f"A row learns from {effective:.1f} negatives of its {distinct:.0f}: the softmax looks at nothing but "
+                "the most similar one, which may be a positive that nobody clicked. Lower α (it is "
+                f"{self.alpha:.3g}) by `scale`, `max_scale` or its learning rate."
+            )
+        return found
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""

@@ -15,6 +15,7 @@ from st_fpsloss.batch.negatives import Positives
 from st_fpsloss.encoding.rows import TokenizedRows, preprocessed_rows
 from st_fpsloss.losses.arguments import ScaleArguments
 from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.losses.diagnostics import flat_softmax_warnings
 from st_fpsloss.objectives.softmax import SoftmaxTargets, full_product_softmax
 
 
@@ -94,6 +95,14 @@ class FullSoftmaxLoss(ClickLoss):
             anchor, positives.document, positives.weight, candidate_log_weight=documents.new_zeros(len(documents))
         )
         return full_product_softmax(queries[anchors], documents, self.logit_scale.exp(), targets)
+
+    def setting_warnings(self, model: SentenceTransformer) -> list[str]:
+        """What is wrong with the settings, known before training; a sentence each, with its cure."""
+        return [*flat_softmax_warnings(self, self.similarity), *super().setting_warnings(model)]
+
+    def has_negatives(self, batch: ClickBatch) -> bool:
+        """All other documents of the corpus are negatives."""
+        return len(self._corpus) > 1
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""

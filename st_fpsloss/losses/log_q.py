@@ -17,6 +17,7 @@ from st_fpsloss.frequencies.table import Frequencies, FrequencyTable
 from st_fpsloss.losses.arguments import ClickArguments
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.checks import check_choice
+from st_fpsloss.losses.diagnostics import flat_softmax_warnings
 
 
 class LogQLoss(ClickLoss):
@@ -84,6 +85,10 @@ class LogQLoss(ClickLoss):
         """Raise a ValueError if the log Q that is to be corrected for is not there."""
         if self.log_q is not None and getattr(batch, name) is None:
             raise ValueError(f"`{name}` is needed for `log_q={self.log_q!r}`: pass the log probability of each column.")
+
+    def setting_warnings(self, model: SentenceTransformer) -> list[str]:
+        """What is wrong with the settings, known before training; a sentence each, with its cure."""
+        return [*flat_softmax_warnings(self, self.similarity), *super().setting_warnings(model)]
 
     def export_state(self) -> dict[str, Any]:
         """α, β and the frequency tables."""

@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from st_fpsloss.batch.negatives import NegativePairs
+from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
+from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives
+from st_fpsloss.batch.statistics import has_in_batch_negatives
 from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.checks import check_choice
 from st_fpsloss.objectives.pairwise import InBatchPairs, hardest_negatives
@@ -79,6 +81,13 @@ class NegativeStrategy:
             keys = columns[0].fingerprints()
             of_asking_query = torch.isin(keys, keys[positive])
         return [of_asking_query, of_asking_query, *[positive] * (len(columns) - 2)]
+
+    def has_negatives(self, batch: ClickBatch, relevance: Relevance, duplicates: Duplicates) -> bool:
+        """Whether any row with r > 0 has a negative."""
+        if self.is_explicit(len(batch.document)):
+            negatives = explicit_negatives(batch, Positives.of(batch, relevance), duplicates)
+            return len(negatives.positive) > 0
+        return has_in_batch_negatives(batch, "query_to_doc", duplicates)
 
     def hardest_of(self, pairs: InBatchPairs, queries: Tensor, documents: Tensor) -> NegativePairs:
         """The hardest in-batch negatives of the rows of ``pairs``.

@@ -82,6 +82,10 @@ class PairwiseLoss(ClickLoss):
         weight = positives.weight[cells.positive] * cells.count
         return (weight * self.pair_objective.value(positive[cells.positive] - negative)).sum()
 
+    def has_negatives(self, batch: ClickBatch) -> bool:
+        """Whether any row with r > 0 has a negative."""
+        return self.strategy.has_negatives(batch, self.relevance, self.duplicates)
+
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
         return {**super().get_config_dict(), **self.strategy.get_config_dict()}

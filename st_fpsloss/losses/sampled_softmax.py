@@ -131,6 +131,10 @@ class SampledSoftmaxLoss(LogQLoss):
             return torch.where(is_drawn, of_drawn, drawn.log()[cells.positive])
         return torch.where(is_drawn, of_drawn + (log_unmasked_q - drawn.log())[cells.positive], 0.0)
 
+    def has_negatives(self, batch: ClickBatch) -> bool:
+        """Whether any row with r > 0 has a negative."""
+        return self.strategy.has_negatives(batch, self.relevance, self.duplicates)
+
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
         return {**super().get_config_dict(), **self.strategy.get_config_dict()}

@@ -27,8 +27,8 @@ from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.negatives.sampled import resample
 from st_fpsloss.towers import freeze_unused_parameters
 from st_fpsloss.training.checkpoints import files_of
-from st_fpsloss.training.diagnostics import LossDiagnostics, batch_statistics, summary, training_warnings
-from st_fpsloss.training.setting_checks import check_inputs, check_setting, prompt_warnings, setting_warnings
+from st_fpsloss.training.diagnostics import LossDiagnostics
+from st_fpsloss.training.setting_checks import check_inputs, prompt_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +135,11 @@ class LossStateCallback(TrainerCallback, ExportableState):
         self._forget_figures()
         self._check_alone(state)
         for loss in self._losses.values():
-            check_setting(loss, model, args)
+            loss.check_setting(model, args)
         check_inputs(getattr(kwargs.get("train_dataloader"), "dataset", None))
         if state.is_world_process_zero and isinstance(model, SentenceTransformer):
             for name, loss in self._losses.items():
-                _warn(name, setting_warnings(loss, model))
+                _warn(name, loss.setting_warnings(model))
             _warn("", prompt_warnings(args))
         if state.global_step == 0:
             return
@@ -185,7 +185,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
         self._check_batch_seen()
         if state.global_step & (state.global_step - 1) == 0:
             for name, loss in self._losses.items():
-                self._early[name].add(batch_statistics(loss))
+                self._early[name].add(loss.batch_statistics())
         self._mark_checkpoint(args, state, control)
 
     def _mark_checkpoint(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -216,7 +216,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
             values = {"alpha": loss.alpha, "temperature": loss.temperature, "beta": loss.beta}
             if name in self._last_gradient:
                 values["alpha_grad"] = self._last_gradient[name]
-            figures = batch_statistics(loss)
+            figures = loss.batch_statistics()
             self._diagnostics[name].add(figures)
             loss.last_batch = None
             values |= figures
@@ -232,8 +232,8 @@ class LossStateCallback(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             for name, loss in self._losses.items():
                 means = self._diagnostics[name].means() or self._early[name].means()
-                logger.info("%s%s", f"{name}: " if name else "", summary(loss, means))
-                _warn(name, training_warnings(loss, means))
+                logger.info("%s%s", f"{name}: " if name else "", loss.summary(means))
+                _warn(name, loss.training_warnings(means))
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME

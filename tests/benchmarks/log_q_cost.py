@@ -22,7 +22,6 @@ from sentence_transformers import SentenceTransformer
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.batch.clicks import ClickBatch
-from st_fpsloss.training.diagnostics import batch_statistics
 from tests.benchmarks.training_step import build_model
 from tests.benchmarks.zipf import NUM_DISTINCT, zipf_clicks
 from tests.losses.conftest import small_model
@@ -76,7 +75,7 @@ def stage_seconds(batch_size: int, runs: int) -> dict[str, float]:
     figures = []
     for _ in range(runs):
         start = time.process_time()
-        batch_statistics(loss)
+        loss.batch_statistics()
         figures.append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in {**seconds, "the guard's figures": figures}.items()}
 

@@ -16,7 +16,6 @@ from transformers import TrainerCallback
 
 from st_fpsloss import FPSLoss, LossStateCallback, last_complete_checkpoint
 from st_fpsloss.data import load_clicks
-from st_fpsloss.training.setting_checks import check_setting
 from tests.losses.conftest import small_model
 from tests.training.runs import click_log, trainer, weights
 
@@ -176,8 +175,8 @@ def test_wrappers_do_not_make_a_model_another_one(tmp_path):
     loss = FPSLoss(model)
     args = trainer(tmp_path, model=model, loss=loss).args
     loss.model = torch.compile(torch.nn.DataParallel(model))
-    check_setting(loss, model, args)
-    check_setting(loss, torch.compile(model), args)
+    loss.check_setting(model, args)
+    loss.check_setting(torch.compile(model), args)
 
 
 def test_two_callbacks_are_refused(tmp_path):

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 
 from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
-from st_fpsloss.training.diagnostics import batch_statistics
 from st_fpsloss.training.setting_checks import prompt_warnings
 from tests.losses.conftest import sentences, small_model
 from tests.training.runs import trainer
@@ -153,7 +152,7 @@ def test_batches_without_negatives_are_told_from_those_with(loss_of, documents, 
     embeddings = [torch.ones(2, 4, requires_grad=True)] * (1 + len(documents))
     labels = None if labels is None else torch.tensor(labels)
     loss.compute_loss_from_embeddings(embeddings, labels, document_ids=torch.tensor(documents))
-    assert batch_statistics(loss)["without_negatives"] == (not has)
+    assert loss.batch_statistics()["without_negatives"] == (not has)
 
 
 def test_a_run_that_ends_before_it_logs_is_judged_by_its_early_steps(caplog, tmp_path):
@@ -218,7 +217,7 @@ def test_figures_equal_the_naive_ones(direction, duplicates, log_q):
     loss.compute_loss_from_embeddings(
         [U[query], *W[document]], labels=r, query_ids=query, document_ids=document, **(given if log_q else {})
     )
-    figures = batch_statistics(loss)
+    figures = loss.batch_statistics()
 
     clicked = {(int(query[i]), int(document[0, i])) for i in range(rows) if r[i] > 0}
     columns = document.flatten().tolist()
@@ -266,7 +265,7 @@ def test_equal_popularities_share_their_rank():
     W = torch.tensor([[norm, 0.0] for norm in norms], requires_grad=True)
     loss.compute_loss_from_embeddings([torch.ones(4, 2), W], document_log_q=torch.tensor([log_q]))
     expected = np.corrcoef([0, 1, 2, 3], [1, 2.5, 2.5, 0])[0, 1]
-    assert batch_statistics(loss)["norm_popularity"] == pytest.approx(expected, abs=1e-6)
+    assert loss.batch_statistics()["norm_popularity"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_there_is_nothing_to_say_of_evaluation_and_of_batches_without_negatives():
@@ -274,10 +273,10 @@ def test_there_is_nothing_to_say_of_evaluation_and_of_batches_without_negatives(
     loss = FPSLoss(model)
     with torch.no_grad():
         loss.compute_loss_from_embeddings([torch.ones(3, 4), torch.ones(3, 4)])
-    assert batch_statistics(loss) == {}
+    assert loss.batch_statistics() == {}
     for labels in (None, torch.zeros(1)):
         loss.compute_loss_from_embeddings([torch.ones(1, 4), torch.ones(1, 4)], labels=labels)
-        figures = batch_statistics(loss)
+        figures = loss.batch_statistics()
         missing = {"without_positives": float(labels is not None), "without_negatives": float(labels is None)}
         assert figures == {"alpha_at_bound": 0.0, "repeated_rows": 0.0, "masked_share": 0.0, **missing}
 
