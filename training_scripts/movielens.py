@@ -26,12 +26,12 @@ import matplotlib
 import numpy as np
 import torch
 from datasets import Dataset
+from movielens_task import Model, Task, build_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import set_seed
 
 from st_fpsloss import DocumentIndex, FPSLoss, FullSoftmaxLoss, LossStateCallback, RetrievalEvaluator
-from st_fpsloss.cli.command_line import parse
-from st_fpsloss.cli.movielens_task import Model, Task, build_model
+from st_fpsloss.cli.parser import parse
 from st_fpsloss.data.movielens import load_movielens_100k
 from st_fpsloss.evaluation import bootstrap_interval
 from st_fpsloss.losses.base import ClickLoss

@@ -1,1 +1,1 @@
-"""The command line: reading data, making models and losses, and the runs."""
+"""The console command ``st-fpsloss``: a module for each command, and the options that they share."""

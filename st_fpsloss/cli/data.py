@@ -21,20 +21,24 @@ from st_fpsloss.evaluation.from_clicks import clicks_evaluator
 
 logger = logging.getLogger(__name__)
 
-_FILES = f"files ({', '.join(SUFFIXES)}), or the id of a data set on the Hub"
+_FILES = "files, or a Hub id"
 
 
 @dataclass
 class DataArguments:
     """Which rows to read."""
 
-    dataset: list[str] = field(metadata={"help": f"rows of queries and documents: {_FILES}"})
+    _argument_group_name = "data"
+
+    dataset: list[str] = field(
+        metadata={"help": f"rows of queries and documents: files ({', '.join(SUFFIXES)}), or a Hub id"}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of the data set on the Hub"})
     dataset_split: str = field(default="train", metadata={"help": "split of the data set on the Hub"})
     query_column: str = field(default="query", metadata={"help": "texts, or JSON objects (structs) with features"})
     document_column: str = field(default="document", metadata={"help": "documents of the queries, the same"})
     label_column: str | None = field(
-        default=None, metadata={"help": "relevance r or grade: above 0 a click, otherwise shown and not clicked"}
+        default=None, metadata={"help": "relevance or grade: above 0 a click, else shown and not clicked"}
     )
 
     def read(self, dataset: Sequence[str] | None = None, split: str | None = None, **columns: Any) -> Dataset:
@@ -56,7 +60,7 @@ class DataArguments:
     def read_seen(self, dataset: Sequence[str]) -> Dataset:
         """Reads rows whose documents are left out of rankings; with their label, where they have that column."""
         source = source_of(dataset, self.dataset_config, self.dataset_split)
-        return self._load(source, label=self.label_column if self.label_column in _names(source) else None)
+        return self._load(source, label=self.label_column if self.label_column in source_names(source) else None)
 
     def _load(self, source: list[str] | Dataset, **columns: Any) -> Dataset:
         if columns.get("label") is None:
@@ -75,8 +79,10 @@ class DataArguments:
 class EvaluationArguments:
     """What to evaluate on while and after training."""
 
+    _argument_group_name = "evaluation"
+
     eval_dataset: list[str] | None = field(
-        default=None, metadata={"help": f"rows to evaluate on, with the columns of the training rows: {_FILES}"}
+        default=None, metadata={"help": f"rows to evaluate on, with the same columns: {_FILES}"}
     )
     eval_split: str | None = field(
         default=None, metadata={"help": "split on the Hub to evaluate on, of the data set or of the eval_dataset"}
@@ -85,15 +91,13 @@ class EvaluationArguments:
         default=None, metadata={"help": "hold out this part of the training rows, such as 0.05"}
     )
     time_column: str | None = field(
-        default=None, metadata={"help": "hold out the newest rows by this column (numbers or dates) instead of random"}
+        default=None, metadata={"help": "hold out the newest rows by this column, not random ones"}
     )
     documents: list[str] | None = field(
         default=None,
-        metadata={"help": f"the whole catalogue, in the document column: {_FILES}; default: the documents of the rows"},
+        metadata={"help": f"the whole corpus (default: the documents of the rows): {_FILES}"},
     )
-    exclude_seen: bool = field(
-        default=False, metadata={"help": "leave out of a query's ranking the documents that it has in training"}
-    )
+    exclude_seen: bool = field(default=False, metadata={"help": "rank for a query what it does not have in training"})
     at: list[int] = field(default_factory=lambda: [1, 10, 20, 100], metadata={"help": "cutoffs of the metrics"})
 
     def read(
@@ -160,7 +164,7 @@ def warn_of_missing_documents(documents: Sequence[Any], rows: Dataset) -> None:
 
 def _warn_of_a_label(source: list[str] | Dataset, used: set[Any]) -> None:
     """Warns of a column that looks like a label, where none is read: its rows with 0 would all be clicks."""
-    names = [name for name in LABEL_COLUMNS if name in _names(source, numbers=True) and name not in used]
+    names = [name for name in LABEL_COLUMNS if name in source_names(source, numbers=True) and name not in used]
     if names:
         logger.warning(
             "%s has the column %r, which is not read: every row is a click. If it says what was clicked, pass "
@@ -169,7 +173,7 @@ def _warn_of_a_label(source: list[str] | Dataset, used: set[Any]) -> None:
         )
 
 
-def _names(source: list[str] | Dataset, numbers: bool = False) -> set[str]:
+def source_names(source: list[str] | Dataset, numbers: bool = False) -> set[str]:
     """The columns of a source, of files those of any; all, or those that hold numbers."""
     if isinstance(source, Dataset):
         return {one.name for one in source.features.arrow_schema if not numbers or holds_numbers(one.type)}

@@ -28,7 +28,9 @@ _LOSSES: Mapping[str, type[ClickLoss]] = {
 class LossArguments:
     """The arguments of the losses; what is left out is what the loss has by itself."""
 
-    scale: float | None = field(default=None, metadata={"help": "start of α; by itself 1/0.07 for cosine, 1 for dot"})
+    _argument_group_name = "loss"
+
+    scale: float | None = field(default=None, metadata={"help": "start of α (default: 1/0.07 for cosine, 1 for dot)"})
     learn_scale: bool | None = field(default=None, metadata={"help": "learn α"})
     max_scale: float | None = field(default=None, metadata={"help": "bound of α"})
     margin: float | None = field(default=None, metadata={"help": "of the triplet loss"})
@@ -40,7 +42,7 @@ class LossArguments:
         default=None, metadata={"help": "mask: a positive of the query in the batch is no negative of it"}
     )
     log_q: Literal["none", "standard", "corrected"] | None = field(
-        default=None, metadata={"help": "correct for negatives that are drawn by popularity"}
+        default=None, metadata={"help": "correct for popularity"}
     )
     mask_known_positives: bool = field(
         default=False, metadata={"help": "positives of all training rows are no negatives, whatever the batch holds"}
@@ -57,6 +59,17 @@ class LossArguments:
         },
     )
     gather_across_devices: bool = field(default=False, metadata={"help": "negatives from all processes"})
+
+
+def loss_defaults(*names: LossName) -> dict[str, Any]:
+    """What losses take where the command line gives nothing: the arguments that all of them take alike."""
+    of_losses = [
+        {name: one.default for name, one in inspect.signature(_LOSSES[loss]).parameters.items()}
+        for loss in names or _LOSSES
+    ]
+    known = {name for defaults in of_losses for name in defaults}
+    values = {name: [defaults[name] for defaults in of_losses if name in defaults] for name in known}
+    return {name: found[0] for name, found in values.items() if len(set(map(str, found))) == 1 and found[0] is not None}
 
 
 def make_loss(

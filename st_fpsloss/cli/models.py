@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,33 +29,31 @@ def load_model(model: str, trust_remote_code: bool = False) -> SentenceTransform
 
 @dataclass
 class TowerArguments:
-    """The two towers to build."""
+    """The two towers to build; what is left out is what :class:`Tower` and :func:`two_tower` have by themselves."""
+
+    _argument_group_name = "towers"
 
     query_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the queries' encoder; none for a tower of features alone"}
+        default=None, metadata={"help": "Hub id or folder of the queries' encoder; none: features alone"}
     )
     document_model: str | None = field(default=None, metadata={"help": "the same for documents"})
-    shared_tower: bool = field(
-        default=False, metadata={"help": "documents share the queries' tower: leave out the document_ arguments"}
-    )
+    shared_tower: bool = field(default=False, metadata={"help": "documents share the queries' tower"})
     query_layers: int | None = field(default=None, metadata={"help": "keep the encoder's first so many layers"})
     document_layers: int | None = field(default=None, metadata={"help": "the same for documents"})
     query_max_seq_length: int | None = field(default=None, metadata={"help": "cut queries at so many tokens"})
     document_max_seq_length: int | None = field(default=None, metadata={"help": "cut documents at so many tokens"})
     query_features: list[str] = field(
         default_factory=list,
-        metadata={"help": f"side features of the queries, as name=kind; kinds: {', '.join(KINDS)}"},
+        metadata={"help": f"name=kind of side features; kinds: {', '.join(KINDS)}"},
     )
-    document_features: list[str] = field(default_factory=list, metadata={"help": "side features of the documents"})
+    document_features: list[str] = field(default_factory=list, metadata={"help": "the same for documents"})
     query_prompt: str | None = field(default=None, metadata={"help": "put before every query"})
     document_prompt: str | None = field(default=None, metadata={"help": "put before every document"})
-    pooling: str = field(default="mean", metadata={"help": "how token embeddings become one"})
-    hidden_dims: list[int] = field(
-        default_factory=lambda: [512], metadata={"help": "widths of the hidden layers; 0 for none"}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "of the hidden layers"})
-    embedding_dim: int = field(default=256, metadata={"help": "size of the embeddings"})
-    similarity: Literal["dot", "cosine"] = field(default="dot", metadata={"help": "how embeddings are compared"})
+    pooling: str | None = field(default=None, metadata={"help": "how token embeddings become one"})
+    hidden_dims: list[int] | None = field(default=None, metadata={"help": "widths of the hidden layers; 0 for none"})
+    dropout: float | None = field(default=None, metadata={"help": "of the hidden layers"})
+    embedding_dim: int | None = field(default=None, metadata={"help": "size of the embeddings"})
+    similarity: Literal["dot", "cosine"] | None = field(default=None, metadata={"help": "how embeddings are compared"})
     document_bias: bool = field(default=False, metadata={"help": "a learned score for each document"})
 
     def build(self, rows: Dataset) -> SentenceTransformer:
@@ -68,24 +67,28 @@ class TowerArguments:
         return two_tower(
             query=query,
             document=query if self.shared_tower else self._tower("document", rows),
-            embedding_dim=self.embedding_dim,
-            similarity=self.similarity,
             document_bias=self.document_bias,
             prompts={name: prompt for name, prompt in prompts.items() if prompt} or None,
+            **self._given("embedding_dim", "similarity"),
         )
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _tower(self, side: str, rows: Dataset) -> Tower:
         model, features = getattr(self, f"{side}_model"), fitted_features(getattr(self, f"{side}_features"), rows, side)
         for column in ("query", "document") if self.shared_tower else (side,):
             check_keys(features, rows, column, side, reads_text=model is not None)
+        hidden_dims: dict[str, Any] = {}
+        if self.hidden_dims is not None:
+            hidden_dims["hidden_dims"] = [width for width in self.hidden_dims if width]
         return Tower(
             model,
             num_hidden_layers=getattr(self, f"{side}_layers"),
             max_seq_length=getattr(self, f"{side}_max_seq_length"),
             features=features,
-            pooling=self.pooling,
-            hidden_dims=() if self.hidden_dims == [0] else tuple(self.hidden_dims),
-            dropout=self.dropout,
+            **self._given("pooling", "dropout"),
+            **hidden_dims,
         )
 
     def __post_init__(self) -> None:
@@ -96,6 +99,13 @@ class TowerArguments:
         for side in ("query", "document")[: 1 if self.shared_tower else 2]:
             if getattr(self, f"{side}_model") is None and not getattr(self, f"{side}_features"):
                 raise ValueError(f"Pass --{side}_model, a Hub id or a folder, or --{side}_features, or both.")
+
+
+def tower_defaults() -> dict[str, Any]:
+    """What towers take where the command line gives nothing."""
+    return {
+        name: one.default for kind in (Tower, two_tower) for name, one in inspect.signature(kind).parameters.items()
+    }
 
 
 def fitted_features(described: Sequence[str], rows: Dataset, column: str) -> list[Feature]:

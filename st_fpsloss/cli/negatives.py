@@ -33,12 +33,14 @@ _MINED = "_hard_negatives"
 class NegativeArguments:
     """Which negatives to learn from."""
 
+    _argument_group_name = "negatives"
+
     negatives: Source | None = field(
         default=None,
         metadata={
-            "help": "explicit: negative columns, grades, or rows with r <= 0; in_batch: the batch's documents; "
-            "sampled: drawn from the catalogue; hard: mined with the model; mixed: in-batch, sampled and hard ones. "
-            "Default: explicit where there are any, else in_batch. (fps and sigmoid always take the batch's documents)"
+            "help": "explicit: columns, grades, or rows with r <= 0 (default where there are any); in_batch (else the "
+            "default); sampled: drawn from the corpus; hard: mined with the model; mixed: in-batch, sampled and hard. "
+            "fps and sigmoid always take the batch's documents"
         },
     )
     negative_columns: list[str] = field(default_factory=list, metadata={"help": "columns of negative documents"})

@@ -106,7 +106,7 @@ def set_columns(
 def speed_up_scale(training: SentenceTransformerTrainingArguments) -> None:
     """Gives α ten times the learning rate of the encoders, unless the command line gives it one.
 
-    At the encoders' own rate a start that is far off is not made good within a run (``model_cards/comparisons.md``).
+    At the encoders' own rate a start that is far off is not made good within a run (``results/comparisons.md``).
 
     Args:
         training: The training arguments, changed in place.

@@ -19,6 +19,7 @@ def clicks_evaluator(
     at: Iterable[int] = (1, 10, 20, 100),
     name: str = "",
     batch_size: int = 32,
+    judged_only: bool = False,
 ) -> RetrievalEvaluator:
     """Makes the evaluator of rows (query, document), such as those that were held out of training.
 
@@ -34,6 +35,7 @@ def clicks_evaluator(
         at: The cutoffs k.
         name: Prefix of the metrics' names.
         batch_size: Inputs in one forward pass.
+        judged_only: Rank for each query the documents of its own rows alone: how well the order of the grades is met.
 
     Returns:
         A :class:`st_fpsloss.RetrievalEvaluator`; the id of a query or document is its canonical string.
@@ -55,9 +57,10 @@ def clicks_evaluator(
     for query, document, grade in zip(*_canonical_pairs(clicks), _grades(clicks), strict=True):
         of_query = relevant.setdefault(query, {})
         of_query[document] = max(grade, of_query.get(document, grade))
-    return RetrievalEvaluator(
-        queries, corpus, relevant, _seen_docs(seen, queries, corpus), at=at, name=name, batch_size=batch_size
-    )
+    left_out = _seen_docs(seen, queries, corpus)
+    if judged_only:
+        left_out = {query: corpus.keys() - of_query.keys() for query, of_query in relevant.items()}
+    return RetrievalEvaluator(queries, corpus, relevant, left_out, at=at, name=name, batch_size=batch_size)
 
 
 def _canonical_pairs(rows: Dataset) -> tuple[list[str], list[str]]:

@@ -64,7 +64,7 @@ ARGUMENTS: dict[str, str] = {
     "bias": "",
     "learn_scale": """learn α, at the trainer's learning rate: Adam moves log α by at most that much a step, so at the
         2e-5 of a transformer α stays where it starts for thousands of steps. What ranked as well as the best fixed α
-        from every start (``model_cards/comparisons.md``) was a rate of its own,
+        from every start (``results/comparisons.md``) was a rate of its own,
         ``learning_rate_mapping={"logit_scale": 2e-2}``, with ``max_scale=30``, since on a small log α grows past what
         ranks best. Fix it where a run is too short to learn it.""",
     "learn_bias": "",

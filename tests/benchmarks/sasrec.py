@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from st_fpsloss.cli.movielens_task import Task, make_task
 from st_fpsloss.data.movielens import load_movielens_100k
 from st_fpsloss.evaluation import RetrievalEvaluator
 from st_fpsloss.utils.files import append_json_line
+from training_scripts.movielens_task import Task, make_task
 
 
 class SASRec(nn.Module):

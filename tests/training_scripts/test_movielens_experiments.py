@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from st_fpsloss.cli.movielens_task import Model, build_model, title_words
 from st_fpsloss.data.movielens import load_movielens_100k
-from tests.training_scripts.conftest import SCRIPTS
-
-sys.path.insert(0, str(SCRIPTS))  # the script's parts stand beside it, as when it is run
-import movielens_experiments
+from training_scripts.movielens_task import Model, build_model, title_words
+from training_scripts.studies import movielens_experiments
 
 
 def test_words_of_few_titles_are_left_out() -> None:

@@ -1,15 +1,24 @@
-r"""Rank the catalogue for held-out queries with one model or several, and say how sure the figures are.
+r"""Rank the documents for held-out queries with one model or several, and say how sure the figures are.
 
 The rows are (query, document), clicks or judgements with a grade, from files or the Hub. Every metric comes with a 95%
 bootstrap interval over the queries. With several models, each is compared with the first on the same queries: an
 interval of the difference that leaves out 0 says that the two differ.
 
 Examples:
-    python training_scripts/evaluate.py --models runs/films runs/films-rated --trust_remote_code \
+    What comes next: all documents are ranked but those that a query had before.
+
+    st-fpsloss evaluate --models runs/films runs/films-rated --trust_remote_code \
         --dataset data/movielens/test.jsonl --documents data/movielens/documents.jsonl \
         --seen data/movielens/train.jsonl data/movielens/validation.jsonl --output runs/films/test.json
 
-    python training_scripts/evaluate.py --models me/nq-two-tower sentence-transformers/all-MiniLM-L6-v2 \
+    What is liked better: of each query, the documents that it has a grade for are ranked.
+
+    st-fpsloss evaluate --models runs/films runs/films-rated --trust_remote_code \
+        --dataset data/movielens/test.jsonl --label_column rating --rank judged
+
+    A data set of the Hub, and a model beside it that was never trained on it.
+
+    st-fpsloss evaluate --models me/nq-two-tower sentence-transformers/all-MiniLM-L6-v2 \
         --dataset sentence-transformers/natural-questions --query_column query --document_column answer
 """
 
@@ -20,23 +29,29 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from st_fpsloss.cli.command_line import parse
 from st_fpsloss.cli.data import DataArguments, warn_of_missing_documents
 from st_fpsloss.cli.models import load_model
+from st_fpsloss.cli.parser import parse
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
 from st_fpsloss.evaluation.from_clicks import clicks_evaluator
 from st_fpsloss.utils.files import write_whole
 
 Interval = dict[str, float]
+COMMON = (
+    "models", "trust_remote_code", "dataset", "query_column", "document_column", "label_column", "documents", "seen",
+    "rank", "at", "output", "batch_size",
+)  # fmt: skip
 
 
 @dataclass
 class Options:
     """What to evaluate, and where the figures go."""
+
+    _argument_group_name = "evaluation"
 
     models: list[str] = field(metadata={"help": "folders or Hub ids; the first is what the others are compared with"})
     documents: list[str] | None = field(
@@ -48,6 +63,9 @@ class Options:
             "help": "files or Hub id of rows whose documents, where clicked, are left out of their query's ranking"
         },
     )
+    rank: Literal["all", "judged"] = field(
+        default="all", metadata={"help": "every document, or for each query those that its rows have"}
+    )
     at: list[int] = field(default_factory=lambda: [1, 10, 20, 100], metadata={"help": "cutoffs of the metrics"})
     output: Path | None = field(default=None, metadata={"help": "JSON file for the figures"})
     batch_size: int = field(default=32, metadata={"help": "inputs in one forward pass"})
@@ -56,10 +74,12 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the whole of it; returns what the JSON file holds."""
-    options, data = parse(__doc__, (Options, DataArguments), argv)
+    options, data = parse(__doc__, (Options, DataArguments), argv, prog="st-fpsloss evaluate", common=COMMON)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if len(set(options.models)) < len(options.models):
         raise ValueError(f"--models {' '.join(options.models)} names a model twice.")
+    if options.rank == "judged" and (options.documents or options.seen):
+        raise ValueError("--rank judged ranks the documents of a query's own rows: leave out --documents and --seen.")
     rows, documents = data.read(label=data.label_column), data.read_documents(options.documents)
     if options.documents is not None:
         warn_of_missing_documents(documents, rows)
@@ -69,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seen=None if options.seen is None else data.read_seen(options.seen),
         at=options.at,
         batch_size=options.batch_size,
+        judged_only=options.rank == "judged",
     )
     values = {}
     for name in options.models:
@@ -123,7 +144,3 @@ def print_figures(figures: dict[str, dict[str, Interval]], form: str) -> None:
     print(" " * 12 + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for metric in next(iter(cells.values())):
         print(f"{metric:12}" + "".join(f"{cells[name][metric]:>{width}}" for name, width in widths.items()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The example of the scripts on ratings: users and films with features, pretrained, then fine-tuned on the stars."""
+"""The example of the commands on ratings: users and films with features, pretrained, then fine-tuned on the stars."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+from st_fpsloss.data import load_movielens_100k
 from st_fpsloss.negatives.graded import graded_pairs
-from tests.training_scripts.conftest import QUIET, SCRIPTS, run, weights_of
+from tests.cli.conftest import QUIET, run, weights_of
 
 FEATURES = [
     "--query_features", "user=Categorical", "age=Numerical", "gender=Categorical", "occupation=Categorical",
@@ -24,8 +25,8 @@ FEATURES = [
 def movielens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MovieLens as files, cut to the rows of ten users."""
     folder = tmp_path_factory.mktemp("movielens")
-    run("movielens_files", "--output_dir", folder)
-    for name, count in (("train", 98_114), ("validation", 943), ("test", 943)):
+    run("movielens", "--output_dir", folder)
+    for name, count in (("train", 90_570), ("validation", 4_715), ("test", 4_715)):
         lines = (folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
         assert len(lines) == count
         mine = [line for line in lines if int(json.loads(line)["query"]["user"]) <= 10]
@@ -59,29 +60,41 @@ def test_a_model_with_features_is_pretrained_fine_tuned_on_ratings_evaluated_and
     assert (figures["queries"], figures["documents"]) == (10, 1_682)
 
     place = ["--model", tmp_path / "rated", "--trust_remote_code", "--index", tmp_path / "index"]
+    run("index", *place, "--documents", movielens / "documents.jsonl")
     capsys.readouterr()
-    run("index", *place, "--documents", movielens / "documents.jsonl", "--query", json.dumps(row["query"]), "-k", 2)
+    run("search", *place, "--query", json.dumps(row["query"]), "-k", 2)
     best = capsys.readouterr().out.splitlines()[1].split("\t")
-    assert json.loads(best[0]) == row["query"] and "genres" in json.loads(best[4])
+    film = json.loads(best[4])
+    assert json.loads(best[0]) == row["query"] and film["film"].endswith(f"({best[2]})")  # the id of its file
 
 
 def test_the_stars_of_a_user_become_pairs(movielens: Path) -> None:
     rows = [json.loads(line) for line in (movielens / "train.jsonl").read_text().splitlines()]
     judged = Dataset.from_list([{**row, "grade": row["rating"]} for row in rows])
     stars = {(row["query"]["user"], row["document"]["film"]): row["rating"] for row in rows}
-    pairs = graded_pairs(judged, max_pairs=30)
-    assert len(pairs) == 30 * 10
+    pairs = graded_pairs(judged, max_pairs=20)
+    assert len(pairs) == 20 * 10
     for pair in pairs:
         user, better, worse = pair["query"]["user"], pair["document"]["film"], pair["negative_1"]["film"]
         assert stars[user, better] > stars[user, worse]
 
 
+def test_one_film_of_each_user_is_left_out_as_the_protocol_has_it(tmp_path: Path) -> None:
+    run("movielens", "--output_dir", tmp_path, "--last", 1)
+    for name, ratings in load_movielens_100k().splits().items():
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        users = [int(row["query"]["user"]) for row in rows]
+        assert users == ratings["user_id"][:] and [row["timestamp"] for row in rows] == ratings["timestamp"][:]
+    with pytest.raises(ValueError, match="--last 10: the least active user"):
+        run("movielens", "--output_dir", tmp_path, "--last", 10)
+
+
 def test_the_commands_of_the_readme_run(movielens: Path, tmp_path: Path) -> None:
-    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"## From the command line\n\n```bash\n(.*?)```", readme, flags=re.DOTALL)
-    commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.startswith("python")]
-    names = [Path(script).stem for _, script, *_ in commands]
-    assert names == ["movielens_files", "pretrain", "finetune", "evaluate", "index"]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"## From the command line\n\n.*?```bash\n(.*?)```", readme, flags=re.DOTALL)
+    commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines() if line.startswith("st-fpsloss")]
+    names = [name for _, name, *_ in commands]
+    assert names == ["movielens", "pretrain", "finetune", "evaluate", "evaluate", "index", "search"]
     for name, (_, _, *words) in zip(names[1:], commands[1:], strict=True):  # the files are there, cut to ten users
         words = [word.replace("data/movielens", str(movielens)).replace("runs/", f"{tmp_path}/") for word in words]
         if name in ("pretrain", "finetune"):

@@ -1,4 +1,4 @@
-"""One training run of compare_losses.py: what it is made of, its budget, and the file that collects the results."""
+"""One training run of a study: what it is made of, its budget, and the file that collects the results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison_data import Task
 from datasets import Dataset
-from norm_penalty import NormPenaltyFPSLoss
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -35,6 +33,8 @@ from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.negatives.sampled import mixture_frequencies, with_negatives
 from st_fpsloss.towers import id_embedding
 from st_fpsloss.utils.files import append_json_line, json_lines
+from training_scripts.studies.data import Task
+from training_scripts.studies.norm_penalty import NormPenaltyFPSLoss
 
 logger = logging.getLogger(__name__)
 

@@ -15,23 +15,8 @@ from sentence_transformers import SentenceTransformer
 from st_fpsloss.cli.data import DataArguments, EvaluationArguments
 from st_fpsloss.cli.models import TowerArguments
 from st_fpsloss.cli.training import set_columns
+from tests.cli.conftest import QUIET, data_of, run, towers_of, weights_of, write
 from tests.click_logs import refusal
-from tests.training_scripts.conftest import NAMES, QUIET, SCRIPTS, data_of, main_of, run, towers_of, weights_of, write
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_help_shows_the_examples_as_they_are_written(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        run(name, "--help")
-    assert end.value.code == 0
-    shown = capsys.readouterr().out
-    description = (main_of(name).__globals__["__doc__"] or "").strip()
-    assert f"    python training_scripts/{name}.py" in description
-    assert description in shown
-    if name in ("pretrain", "finetune"):
-        assert "accelerate launch" in description
-        for stock in ("--push_to_hub", "--hub_model_id", "--learning_rate_mapping", "--num_train_epochs"):
-            assert stock in shown
 
 
 def test_a_pretrained_model_has_a_card_metrics_and_no_need_of_this_package(pretrained: Path) -> None:
@@ -155,6 +140,10 @@ def test_columns_go_to_their_towers_with_the_prompts_of_the_model() -> None:
         (["--colour", "red"], ["--colour is no argument", "['--colour', 'red']", "--help"]),
         (["--logq", "none"], ["--logq is no argument", "Did you mean --log_q?"]),
         (["--logq=none"], ["--logq is no argument", "Did you mean --log_q?"]),
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size 0", "at least 1"]),
+        (["--embedding_dim", "-8"], ["--embedding_dim -8", "at least 1"]),
+        (["--at", "10", "0"], ["--at 0", "at least 1"]),
+        (["--learning_rate", "0"], ["--learning_rate 0.0", "above 0"]),
     ],
 )
 def test_wrong_arguments_are_refused_before_training(
@@ -244,7 +233,7 @@ def test_two_processes_train_together_and_one_writes(folder: Path, tmp_path: Pat
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
     plain = ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
     words = [*data_of(folder), *towers_of(folder), "--max_steps", 3, "--eval_fraction", 0.1, "--output_dir", tmp_path]
-    command = [*launch, *plain, SCRIPTS / "pretrain.py", *words, *QUIET, "--gather_across_devices"]
+    command = [*launch, *plain, "-m", "st_fpsloss.cli", "pretrain", *words, *QUIET, "--gather_across_devices"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=600)
     assert {path.name for path in (tmp_path / "checkpoint-3").glob("rng_state*")} == {
         "rng_state_0.pth",

@@ -7,8 +7,8 @@ Every run appends a line to the results; runs that are there are not done again,
 started. At the end it prints a table.
 
 Examples:
-    python training_scripts/movielens_experiments.py --experiment gains --results gains.jsonl
-    python training_scripts/movielens_experiments.py --experiment cold_start --results cold_start.jsonl
+    python -m training_scripts.studies.movielens_experiments --experiment gains --results gains.jsonl
+    python -m training_scripts.studies.movielens_experiments --experiment cold_start --results cold_start.jsonl
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import numpy as np
 from datasets import Dataset
 from movielens import Options as RunOptions
 from movielens import fit, make_loss, read_options, test_metrics, train_task
+from movielens_task import Model, Task, make_task
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
-from st_fpsloss.cli.command_line import parse
-from st_fpsloss.cli.movielens_task import Model, Task, make_task
+from st_fpsloss.cli.parser import parse
 from st_fpsloss.data.movielens import MovieLens100K, load_movielens_100k
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
 from st_fpsloss.towers import Categorical, Numerical, Tags, Tower, id_embedding, two_tower

@@ -1,11 +1,11 @@
-"""The studies of compare_losses.py: which runs each consists of, under which names."""
+"""The studies of compare_losses: which runs each consists of, under which names."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from comparison_runs import LEARNING_RATE, NUM_NEGATIVES, Stage
+from training_scripts.studies.runs import LEARNING_RATE, NUM_NEGATIVES, Stage
 
 FIXED_SCALES = (3.0, 5.0, 7.0, 10.0, 14.0, 20.0)
 SCALE_STARTS = (5.0, 10.0, 1 / 0.07)

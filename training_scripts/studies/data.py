@@ -1,31 +1,24 @@
-"""The data of compare_losses.py: MovieLens-100K as clicks and as ratings, and docstrings of Python code."""
+"""The data of the studies: MovieLens-100K as clicks and as ratings, and docstrings of Python code."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import re
-import sysconfig
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from tqdm.auto import tqdm
+from docstrings import docstrings_of_functions
+from movielens_task import COLUMNS, films_by_user
 
 from st_fpsloss import RetrievalEvaluator
-from st_fpsloss.cli.movielens_task import COLUMNS, films_by_user
 from st_fpsloss.data import histories, next_item_pairs
 from st_fpsloss.data.movielens import load_movielens_100k
 from st_fpsloss.negatives.graded import graded_pairs
 from st_fpsloss.utils.files import write_whole
 
 MAX_HISTORY = 10
-# Installed with this package; their sources are parsed, not imported.
-PACKAGES = ("torch", "transformers", "datasets", "sentence_transformers", "numpy", "pandas")
 NUM_JUDGED_QUERIES = 1500  # of each of validation and test
 MAX_GRADED_PAIRS = 100  # of a user
 
@@ -114,7 +107,7 @@ def docstrings(folder: Path) -> Task:
     """
     path = folder / "docstrings.tsv"
     if not path.exists():
-        write_whole(path, "".join(f"{query}\t{text}\n" for query, text in _functions()))
+        write_whole(path, "".join(f"{query}\t{text}\n" for query, text in docstrings_of_functions()))
     clicks = [tuple(line.split("\t")) for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = sorted(set(clicks))
     drawn = np.random.default_rng(0).random(len(pairs))
@@ -145,39 +138,6 @@ def docstrings(folder: Path) -> Task:
         validation=evaluator(0),
         test=evaluator(1),
     )
-
-
-def _functions() -> Iterator[tuple[str, str]]:
-    """(name as words, first sentence of the docstring) of every documented function in the sources."""
-    for path in tqdm(_sources(), desc="Reading docstrings", unit="file"):
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError, ValueError):
-            continue  # test data of the packages
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
-                name, sentence = _words(node.name), _words(re.split(r"\.\s|\n\n", text, maxsplit=1)[0])
-                if name and 3 <= len(sentence.split()) <= 40:
-                    yield name, sentence
-
-
-def _sources() -> list[Path]:
-    folders = [Path(sysconfig.get_paths()["stdlib"])]
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        folders += [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    return sorted(
-        path
-        for folder in folders
-        for path in folder.rglob("*.py")
-        if "site-packages" not in path.relative_to(folder).parts
-    )
-
-
-def _words(text: str) -> str:
-    """Lower-case words; snake_case and CamelCase are taken apart."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", text)
-    return " ".join(re.findall(r"[a-z]+|[0-9]+", spaced.lower()))
 
 
 TASKS = {"movielens": movielens, "ratings": ratings, "docstrings": docstrings}

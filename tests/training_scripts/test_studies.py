@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +8,10 @@ import pytest
 from datasets import Dataset
 
 from st_fpsloss import RetrievalEvaluator
-from tests.training_scripts.conftest import SCRIPTS
-
-sys.path.insert(0, str(SCRIPTS))  # the script's parts stand beside it, as when it is run
-import compare_losses
-from comparison_data import TASKS, Task
-from comparison_runs import LOSSES, ResultsFile, Run, execute
-from comparison_studies import STUDIES
+from training_scripts.studies import compare_losses
+from training_scripts.studies.data import TASKS, Task
+from training_scripts.studies.plans import STUDIES
+from training_scripts.studies.runs import LOSSES, ResultsFile, Run, execute
 
 NUM_TOKENS = 3_000
 

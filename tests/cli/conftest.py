@@ -1,12 +1,11 @@
-"""The scripts' mains, and a small log of texts whose documents have a word of their query."""
+"""The commands' mains, and a small log of texts whose documents have a word of their query."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,12 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from st_fpsloss.towers import id_transformer
 from tests.losses.conftest import WORDS
 
-SCRIPTS = Path(__file__).parents[2] / "training_scripts"
-NAMES = ("pretrain", "finetune", "evaluate", "index", "movielens_files")
 QUIET = ["--disable_tqdm", "True", "--use_cpu", "--logging_steps", "1"]
 
 
-def main_of(name: str) -> Callable[[list[str]], Any]:
-    """A script's ``main``, which takes the words of the command line."""
-    qualified = f"training_scripts_{name}"
-    if qualified not in sys.modules:
-        spec = importlib.util.spec_from_file_location(qualified, SCRIPTS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[qualified] = module  # the types of its dataclasses are looked up there
-        spec.loader.exec_module(module)
-    return sys.modules[qualified].main
-
-
 def run(name: str, *words: Any) -> Any:
-    return main_of(name)([str(word) for word in words])
+    """What a command's ``main`` returns or raises."""
+    return import_module(f"st_fpsloss.cli.{name}").main([str(word) for word in words])
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -59,7 +45,7 @@ def log_rows(count: int = 160, seed: int = 0) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log in ``log.jsonl``, its newest day in ``new.jsonl``, and an encoder in ``encoder``."""
-    folder = tmp_path_factory.mktemp("scripts")
+    folder = tmp_path_factory.mktemp("cli")
     rows = log_rows()
     write(folder / "log.jsonl", rows)
     write(folder / "new.jsonl", log_rows(24, seed=1))
@@ -81,7 +67,7 @@ def towers_of(folder: Path) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def pretrained(folder: Path) -> Path:
-    """What pretrain.py makes of the log in 60 steps; the last days are held out."""
+    """What pretrain makes of the log in 60 steps; the last days are held out."""
     output = folder / "pretrained"
     held_out = ["--eval_fraction", 0.1, "--time_column", "day", "--exclude_seen", "--at", 1, 10]
     training = ["--max_steps", 60, "--learning_rate", 1e-2, "--save_strategy", "no", "--output_dir", output]

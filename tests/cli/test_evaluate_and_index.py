@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from st_fpsloss.cli.index import read_documents
 from st_fpsloss.evaluation import paired_difference
+from tests.cli.conftest import data_of, log_rows, run, write
 from tests.click_logs import refusal
-from tests.training_scripts.conftest import data_of, log_rows, run, write
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_wrong_queries_are_refused_in_the_words_of_the_command_line(
     (tmp_path / "searches.csv").write_text("search\nfox\n")
     words = [word.replace("{tmp}", str(tmp_path)) for word in words]
     with pytest.raises(ValueError, match=refusal(*parts)):
-        run("index", "--model", "none", "--index", tmp_path / "index", *words)
+        run("search", "--model", "none", "--index", tmp_path / "index", *words)
 
 
 def test_an_index_is_built_and_searched(
@@ -109,7 +110,7 @@ def test_an_index_is_built_and_searched(
     place = ["--model", pretrained, "--index", tmp_path / "index"]
     run("index", *place, "--documents", tmp_path / "documents.jsonl", "--document_column", "d", "--id_column", "sku")
     capsys.readouterr()
-    run("index", *place, "--query", "fox", "seven wizards", "-k", 3)
+    run("search", *place, "--query", "fox", "seven wizards", "-k", 3)
     header, *lines = capsys.readouterr().out.splitlines()
     assert header == "query\trank\tid\tscore\tdocument"
     model = SentenceTransformer(str(pretrained), device="cpu")
@@ -122,16 +123,46 @@ def test_an_index_is_built_and_searched(
             assert float(cells[3]) == pytest.approx(scores[position], rel=1e-4)
 
     monkeypatch.setattr("sys.stdin", io.StringIO("fox\n\nseven wizards\n"))
-    run("index", *place, "--queries", "-", "-k", 3, "--output", tmp_path / "found.tsv")
+    run("search", *place, "--queries", "-", "-k", 3, "--output", tmp_path / "found.tsv")
     assert (tmp_path / "found.tsv").read_text().splitlines() == [header, *lines]
     write(tmp_path / "queries.jsonl", [{"query": "fox"}, {"query": "seven wizards"}])
-    run("index", *place, "--queries", tmp_path / "queries.jsonl", "-k", 3, "--output", tmp_path / "again.tsv")
+    run("search", *place, "--queries", tmp_path / "queries.jsonl", "-k", 3, "--output", tmp_path / "again.tsv")
     assert (tmp_path / "again.tsv").read_text() == (tmp_path / "found.tsv").read_text()
 
     with pytest.raises(ValueError, match="exists"):
         run("index", *place, "--documents", folder / "log.jsonl", "--document_column", "d")
-    run("index", *place, "--documents", folder / "log.jsonl", "--document_column", "d", "--overwrite", "--query", "fox")
-    assert capsys.readouterr().out.splitlines()[1].split("\t")[2] == lines[0].split("\t")[2].removeprefix("s")
-    for wrong, message in (([], "Pass --documents to build"), (["--query", "a", "--queries", "-"], "pass one")):
-        with pytest.raises(ValueError, match=message):
-            run("index", *place, *wrong)
+    run("index", *place, "--documents", folder / "log.jsonl", "--document_column", "d", "--overwrite")
+    capsys.readouterr()
+    run("search", *place, "--query", "fox")
+    first_row = [row["d"] for row in log_rows()].index(lines[0].split("\t")[4])
+    assert capsys.readouterr().out.splitlines()[1].split("\t")[2] == str(first_row)  # a log has no ids of documents
+    for wrong in ([], ["--query", "a", "--queries", "-"]):
+        with pytest.raises(ValueError, match="pass one"):
+            run("search", *place, *wrong)
+
+
+def test_a_column_of_ids_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    rows = [{"id": "s1", "document": "fox"}, {"id": "s2", "document": "fox"}]
+    source = [str(write(tmp_path / "documents.jsonl", rows))]
+    assert read_documents(source, "document", None) == {"s1": "fox", "s2": "fox"}
+
+
+def test_judged_documents_alone_are_ranked_by_their_grades(folder: Path, pretrained: Path) -> None:
+    words = ["--models", pretrained, "--dataset", folder / "new.jsonl", *data_of(folder)[2:], "--at", 10]
+    words += ["--label_column", "stars"]
+    figures = run("evaluate", *words, "--rank", "judged")
+    rows = log_rows(24, seed=1)
+    model = SentenceTransformer(str(pretrained), device="cpu")
+    ndcg = []
+    for query in dict.fromkeys(row["q"] for row in rows):
+        stars: dict[str, float] = {}
+        for row in rows:
+            if row["q"] == query:
+                stars[row["d"]] = max(row["stars"], stars.get(row["d"], 0))
+        scores = (model.encode_query([query]) @ model.encode_document(list(stars)).T)[0]
+        gains = np.array(list(stars.values()))
+        discounts = 1 / np.log2(2 + np.arange(len(gains)))
+        ndcg.append((gains[np.argsort(-scores)] * discounts).sum() / (np.sort(gains)[::-1] * discounts).sum())
+    assert figures["models"][str(pretrained)]["ndcg@10"]["mean"] == pytest.approx(np.mean(ndcg), abs=1e-6)
+    with pytest.raises(ValueError, match="leave out --documents and --seen"):
+        run("evaluate", *words, "--rank", "judged", "--seen", folder / "log.jsonl")

@@ -4,10 +4,10 @@ All runs use one small model and one number of encoded tokens. A result is appen
 ends; started again, the script goes on where it stopped. Table and plot are written anew at the end.
 
 Examples:
-    python training_scripts/compare_losses.py --data movielens --study losses --output_dir runs/compare
-    python training_scripts/compare_losses.py --data ratings --study graded --num_tokens 1000000
-    python training_scripts/compare_losses.py --data docstrings --study scale --seeds 0 1 2 --output_dir runs/compare
-    python training_scripts/compare_losses.py --data movielens --study log_q --report_only
+    python -m training_scripts.studies.compare_losses --data movielens --study losses --output_dir runs/compare
+    python -m training_scripts.studies.compare_losses --data ratings --study graded --num_tokens 1000000
+    python -m training_scripts.studies.compare_losses --data docstrings --study scale --seeds 0 1 2
+    python -m training_scripts.studies.compare_losses --data movielens --study log_q --report_only
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from comparison_data import TASKS, Task
-from comparison_runs import ResultsFile, Run, execute
-from comparison_studies import STUDIES
 
-from st_fpsloss.cli.command_line import parse
+from st_fpsloss.cli.parser import parse
 from st_fpsloss.evaluation import bootstrap_interval, paired_difference
 from st_fpsloss.evaluation.popularity import click_deciles
 from st_fpsloss.utils.files import write_whole
+from training_scripts.studies.data import TASKS, Task
+from training_scripts.studies.plans import STUDIES
+from training_scripts.studies.runs import ResultsFile, Run, execute
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

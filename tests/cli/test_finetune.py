@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from st_fpsloss.cli.negatives import NegativeArguments
 from st_fpsloss.cli.training import check_rows
+from tests.cli.conftest import QUIET, data_of, log_rows, run, weights_of, write
 from tests.click_logs import refusal
-from tests.training_scripts.conftest import QUIET, SCRIPTS, data_of, log_rows, run, weights_of, write
 
 SHORT = ["--max_steps", 2, "--learning_rate", 1e-3, "--save_strategy", "no", "--per_device_train_batch_size", 16]
 
@@ -58,7 +58,7 @@ def test_a_folder_and_a_hub_id_are_the_same_to_the_command(folder: Path, pretrai
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     words = [*data_of(folder), *SHORT, *QUIET, "--negatives", "sampled", "--output_dir", tmp_path / "from_hub"]
-    command = [sys.executable, SCRIPTS / "finetune.py", "--model", "me/films", *words]
+    command = [sys.executable, "-m", "st_fpsloss.cli", "finetune", "--model", "me/films", *words]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True, timeout=300)
     finetune(folder, tmp_path / "from_folder", "--model", pretrained, "--negatives", "sampled")

@@ -5,8 +5,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss import Tower, two_tower
-from st_fpsloss.cli.command_line import parse
 from st_fpsloss.cli.loss import LossArguments, make_loss
+from st_fpsloss.cli.parser import parse
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.towers import id_embedding
 
