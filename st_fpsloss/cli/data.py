@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
@@ -40,6 +40,13 @@ class DataArguments:
     label_column: str | None = field(
         default=None, metadata={"help": "relevance or grade: above 0 a click, else shown and not clicked"}
     )
+    encoding: str = field(default="utf-8", metadata={"help": "of text files"})
+    time_format: str | None = field(
+        default=None, metadata={"help": "of times that are neither numbers nor ISO dates, such as %%d.%%m.%%Y"}
+    )
+    on_bad_row: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "skip: leave out rows that cannot be used, and report how many"}
+    )
 
     def read(self, dataset: Sequence[str] | None = None, split: str | None = None, **columns: Any) -> Dataset:
         """Reads the rows, or those of another data set with the same columns.
@@ -60,19 +67,31 @@ class DataArguments:
     def read_seen(self, dataset: Sequence[str]) -> Dataset:
         """Reads rows whose documents are left out of rankings; with their label, where they have that column."""
         source = source_of(dataset, self.dataset_config, self.dataset_split)
-        return self._load(source, label=self.label_column if self.label_column in source_names(source) else None)
+        has_label = self.label_column in source_names(source, encoding=self.encoding)
+        return self._load(source, label=self.label_column if has_label else None)
 
     def _load(self, source: list[str] | Dataset, **columns: Any) -> Dataset:
         if columns.get("label") is None:
             used = {self.query_column, self.document_column, columns.get("time"), *columns.get("negatives", ())}
-            _warn_of_a_label(source, used)
-        return load_clicks(source, query=self.query_column, document=self.document_column, **columns)
+            _warn_of_a_label(source, used, self.encoding)
+        return load_clicks(
+            source,
+            query=self.query_column,
+            document=self.document_column,
+            time_format=self.time_format,
+            encoding=self.encoding,
+            on_bad_row=self.on_bad_row,
+            **columns,
+        )
 
     def read_documents(self, documents: Sequence[str] | None) -> list[Any]:
         """Reads the column of documents alone; [] for None."""
         if documents is None:
             return []
-        return list(load_inputs(source_of(documents, None, self.dataset_split), self.document_column).values())
+        source = source_of(documents, None, self.dataset_split)
+        return list(
+            load_inputs(source, self.document_column, encoding=self.encoding, on_bad_row=self.on_bad_row).values()
+        )
 
 
 @dataclass
@@ -135,36 +154,36 @@ class EvaluationArguments:
     def evaluator(
         self, data: DataArguments, train: Dataset, held_out: Dataset | None, batch_size: int
     ) -> RetrievalEvaluator | None:
-        """Returns the evaluator of the rows that are held out, over the catalogue; None where there are none."""
+        """Returns the evaluator of the rows that are held out, over the corpus; None where there are none."""
         if held_out is None:
             return None
-        documents = self.catalogue(data, train)
+        documents = self.corpus(data, train)
         if self.documents is not None:
             warn_of_missing_documents(documents, held_out)
         seen = train if self.exclude_seen else None
         return clicks_evaluator(held_out, documents, seen, at=self.at, batch_size=batch_size)
 
-    def catalogue(self, data: DataArguments, train: Dataset) -> list[Any]:
+    def corpus(self, data: DataArguments, train: Dataset) -> list[Any]:
         """Returns the documents of ``--documents``, or those of the training rows."""
         return data.read_documents(self.documents) or train.with_format(None)["document"][:]
 
 
 def warn_of_missing_documents(documents: Sequence[Any], rows: Dataset) -> None:
-    """Warns where ``--documents`` lacks documents of the rows: often they are spelled otherwise there."""
-    catalogue, of_rows = distinct(documents), distinct(rows.with_format(None)["document"])
-    missing = [spelled for spelled in of_rows if spelled not in catalogue]
+    """Warns where ``--documents`` lacks documents of the rows: often they are written otherwise there."""
+    corpus, of_rows = distinct(documents), distinct(rows.with_format(None)["document"])
+    missing = [text for text in of_rows if text not in corpus]
     if missing:
         logger.warning(
             "--documents lacks %d of the %d distinct documents of the rows, such as %s; it holds, for one, %s. They "
-            "are ranked too. If they are the same documents, spell them alike in both.",
+            "are ranked too. If they are the same documents, write them alike in both.",
             *(len(missing), len(of_rows)),
-            *(reprlib.repr(of_rows[missing[0]]), reprlib.repr(next(iter(catalogue.values())))),
+            *(reprlib.repr(of_rows[missing[0]]), reprlib.repr(next(iter(corpus.values())))),
         )
 
 
-def _warn_of_a_label(source: list[str] | Dataset, used: set[Any]) -> None:
+def _warn_of_a_label(source: list[str] | Dataset, used: set[Any], encoding: str) -> None:
     """Warns of a column that looks like a label, where none is read: its rows with 0 would all be clicks."""
-    names = [name for name in LABEL_COLUMNS if name in source_names(source, numbers=True) and name not in used]
+    names = [name for name in LABEL_COLUMNS if name in source_names(source, True, encoding) and name not in used]
     if names:
         logger.warning(
             "%s has the column %r, which is not read: every row is a click. If it says what was clicked, pass "
@@ -173,21 +192,21 @@ def _warn_of_a_label(source: list[str] | Dataset, used: set[Any]) -> None:
         )
 
 
-def source_names(source: list[str] | Dataset, numbers: bool = False) -> set[str]:
+def source_names(source: list[str] | Dataset, numbers: bool = False, encoding: str = "utf-8") -> set[str]:
     """The columns of a source, of files those of any; all, or those that hold numbers."""
     if isinstance(source, Dataset):
         return {one.name for one in source.features.arrow_schema if not numbers or holds_numbers(one.type)}
     names_of = number_columns if numbers else column_names
-    return {name for path in checked_paths(source) for name in names_of(path)}
+    return {name for path in checked_paths(source) for name in names_of(path, encoding)}
 
 
-def check_source_column(source: list[str] | Dataset, column: str, flag: str) -> None:
+def check_source_column(source: list[str] | Dataset, column: str, flag: str, encoding: str = "utf-8") -> None:
     """Refuses a source without a column, in the words of the command line."""
     if isinstance(source, Dataset):
         check_column(source.column_names, column, flag, "the data set")
         return
     for path in checked_paths(source):
-        check_column(column_names(path), column, flag, path.name)
+        check_column(column_names(path, encoding), column, flag, path.name)
 
 
 def source_of(dataset: Sequence[str], config: str | None, split: str) -> list[str] | Dataset:

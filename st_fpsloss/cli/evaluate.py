@@ -55,7 +55,7 @@ class Options:
 
     models: list[str] = field(metadata={"help": "folders or Hub ids; the first is what the others are compared with"})
     documents: list[str] | None = field(
-        default=None, metadata={"help": "files or Hub id of the whole catalogue; default: the documents of the rows"}
+        default=None, metadata={"help": "files or Hub id of the whole corpus (default: the documents of the rows)"}
     )
     seen: list[str] | None = field(
         default=None,
@@ -133,14 +133,14 @@ def print_table(figures: dict[str, Any]) -> None:
 
 def print_figures(figures: dict[str, dict[str, Interval]], form: str) -> None:
     """A line a metric, a column a model."""
-    cells = {
+    texts = {
         name: {
             metric: f"{form.format(value['mean'])} ({form.format(value['low'])} to {form.format(value['high'])})"
             for metric, value in metrics.items()
         }
         for name, metrics in figures.items()
     }
-    widths = {name: max(map(len, (name, *column.values()))) + 2 for name, column in cells.items()}
+    widths = {name: max(map(len, (name, *column.values()))) + 2 for name, column in texts.items()}
     print(" " * 12 + "".join(f"{name:>{width}}" for name, width in widths.items()))
-    for metric in next(iter(cells.values())):
-        print(f"{metric:12}" + "".join(f"{cells[name][metric]:>{width}}" for name, width in widths.items()))
+    for metric in next(iter(texts.values())):
+        print(f"{metric:12}" + "".join(f"{texts[name][metric]:>{width}}" for name, width in widths.items()))

@@ -100,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with training.main_process_first(local=False, desc="reading the data"):
         rows, held_out = evaluation.read(data, label, negatives.negative_columns)
     evaluator = evaluation.evaluator(data, rows, held_out, training.per_device_eval_batch_size)
-    catalogue = evaluation.catalogue(data, rows)
+    corpus = evaluation.corpus(data, rows)
     if negatives.grade_column is not None:
         rows = negatives.compare_grades(rows, loss_arguments, training.seed)
-    check_rows(rows, catalogue if negatives.are_drawn else ())
+    check_rows(rows, corpus if negatives.are_drawn else ())
     model = load_model(options.model, options.trust_remote_code)
-    rows = negatives.add_columns(rows, model, catalogue, training)
+    rows = negatives.add_columns(rows, model, corpus, training)
     set_columns(training, model, rows.column_names)
     settings = negatives.settings(options.loss, rows, model, loss_arguments, training)
     loss = make_loss(options.loss, model, loss_arguments, rows, training.prompts, **settings)

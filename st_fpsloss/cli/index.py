@@ -44,6 +44,7 @@ class Options:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
     dataset_split: str = field(default="train", metadata={"help": "split of a data set on the Hub"})
+    encoding: str = field(default="utf-8", metadata={"help": "of text files"})
     factory: str = field(default="Flat", metadata={"help": "kind of FAISS index; Flat is exact"})
     overwrite: bool = field(default=False, metadata={"help": "replace the index that is there"})
     batch_size: int = field(default=32, metadata={"help": "inputs in one forward pass"})
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,) = parse(__doc__, (Options,), argv, prog="st-fpsloss index")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     source = source_of(options.documents, options.dataset_config, options.dataset_split)
-    documents = read_documents(source, options.document_column, options.id_column)
+    documents = read_documents(source, options.document_column, options.id_column, options.encoding)
     model = load_model(options.model, options.trust_remote_code)
     index = DocumentIndex.build(
         model, documents, options.index, options.factory, options.batch_size, overwrite=options.overwrite
@@ -63,14 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(index.ids)} documents are in {options.index}.")
 
 
-def read_documents(source: list[str] | Dataset, column: str, id_column: str | None) -> dict[Any, Any]:
+def read_documents(
+    source: list[str] | Dataset, column: str, id_column: str | None, encoding: str = "utf-8"
+) -> dict[Any, Any]:
     """Reads documents by their ids; without a column of ids, by the number of the first row that each stands in."""
-    check_source_column(source, column, "--document_column")
+    check_source_column(source, column, "--document_column", encoding)
     if id_column is not None:
-        check_source_column(source, id_column, "--id_column")
-    elif ID_COLUMN in source_names(source) and column != ID_COLUMN:
+        check_source_column(source, id_column, "--id_column", encoding)
+    elif ID_COLUMN in source_names(source, encoding=encoding) and column != ID_COLUMN:
         id_column = ID_COLUMN
-    documents = load_inputs(source, column, id_column)
+    documents = load_inputs(source, column, id_column, encoding)
     if id_column is not None:
         return documents
     first_row: dict[str, int] = {}

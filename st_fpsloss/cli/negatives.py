@@ -59,7 +59,7 @@ class NegativeArguments:
 
     @property
     def are_drawn(self) -> bool:
-        """Whether negatives come from the catalogue."""
+        """Whether negatives come from the corpus."""
         return self.negatives in _DRAWN
 
     def check(self, loss: LossName, label_column: str | None, arguments: LossArguments) -> None:
@@ -127,21 +127,21 @@ class NegativeArguments:
         self,
         rows: Dataset,
         model: SentenceTransformer,
-        catalogue: Sequence[Any],
+        corpus: Sequence[Any],
         training: SentenceTransformerTrainingArguments,
     ) -> Dataset:
-        """Adds columns of negatives that are drawn anew every epoch, where they are to be drawn.
+        """Adds columns of negatives that are sampled again every epoch, where they are to be drawn.
 
         Args:
             rows: The training rows.
             model: The model to mine with, as it is before training.
-            catalogue: The documents to draw from.
+            corpus: The documents to draw from.
             training: The training arguments: the seed, and the folder and the processes to mine in.
         """
         source = self.source(rows)
         if source not in _DRAWN:
             return rows
-        documents = dict(enumerate(distinct(catalogue).values()))
+        documents = dict(enumerate(distinct(corpus).values()))
         num_hard = {"sampled": 0, "hard": self.num_negatives, "mixed": self.num_negatives // 2}[source]
         if num_hard:
             rows = self._mined(rows, model, documents, training)

@@ -45,6 +45,7 @@ class Options:
     query_column: str = field(default="query", metadata={"help": "column of the queries"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
     dataset_split: str = field(default="train", metadata={"help": "split of a data set on the Hub"})
+    encoding: str = field(default="utf-8", metadata={"help": "of text files"})
     k: int = field(default=10, metadata={"help": "documents a query", "aliases": ["-k"]})
     output: Path | None = field(default=None, metadata={"help": "file for the results, in place of standard output"})
     batch_size: int = field(default=32, metadata={"help": "inputs in one forward pass"})
@@ -81,8 +82,8 @@ def read_queries(options: Options) -> list[Any]:
         flag = "--query" if options.query else f"--queries {STDIN}"
         return [parsed_query(line, flag) if line.startswith("{") else line for line in lines if line.strip()]
     source = source_of(options.queries or [], options.dataset_config, options.dataset_split)
-    check_source_column(source, options.query_column, "--query_column")
-    return list(load_inputs(source, options.query_column).values())
+    check_source_column(source, options.query_column, "--query_column", options.encoding)
+    return list(load_inputs(source, options.query_column, encoding=options.encoding).values())
 
 
 def parsed_query(line: str, flag: str) -> Any:

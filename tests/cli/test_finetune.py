@@ -77,7 +77,7 @@ def test_any_model_is_fine_tuned_one_without_towers_too(folder: Path, tmp_path: 
     ("words", "parts"),
     [
         (["--grade_column", "grade"], ["label='grade' is no column of"]),
-        (["--grade_column", "day"], ["label='day'", "where a finite number has to stand"]),
+        (["--grade_column", "day"], ["label='day'", "where a finite number has to be"]),
         (["--grade_column", "stars", "--duplicates", "mask"], ["stars has 3 grades", "Leave out --duplicates"]),
         (["--grade_column", "stars", "--loss", "fps"], ["--loss fps takes every document", "pair_ce, triplet"]),
         (["--grade_column", "stars", "--negatives", "hard"], ["leave out --negatives hard"]),

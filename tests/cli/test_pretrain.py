@@ -125,7 +125,7 @@ def test_columns_go_to_their_towers_with_the_prompts_of_the_model() -> None:
         (["--time_column", "day"], ["pass --eval_fraction too"]),
         (
             ["--eval_fraction", "0.1", "--time_column", "worse"],
-            ["time='worse'", "where a number, a date or its ISO text"],
+            ["time='worse'", "line 1 of log.jsonl"],
         ),
         (["--eval_fraction", "0.1", "--eval_dataset", "x.csv"], ["--eval_fraction holds out", "pass one"]),
         (["--eval_fraction", "1.5"], ["fraction=1.5 has to lie between 0 and 1"]),
@@ -226,6 +226,19 @@ def test_a_file_of_an_unknown_kind_is_not_looked_up_on_the_hub(name: str, tmp_pa
         ValueError, match=refusal(name, "a file of a kind that is not read", ".csv, .tsv", "convert it")
     ):
         DataArguments([str(tmp_path / name)]).read()
+
+
+def test_files_of_another_encoding_and_bad_rows_are_read_where_one_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes("query,document,clicked\nthé,café,1\nthé,,1\nthé,crème,never\nthé,sucre,0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="no utf-8"):
+        DataArguments([str(path)]).read(label="clicked")
+    with pytest.raises(ValueError, match="on_bad_row"):
+        DataArguments([str(path)], encoding="latin-1").read(label="clicked")
+    rows = DataArguments([str(path)], encoding="latin-1", on_bad_row="skip").read(label="clicked")
+    assert rows["document"][:] == ["café", "sucre"] and "2" in caplog.text
 
 
 @pytest.mark.slow
