@@ -1,51 +1,69 @@
-"""Search by nearest neighbours: a corpus embedded once, kept in a folder, searched with FAISS."""
+"""Search by nearest neighbours: a corpus embedded once, kept in a folder, searched with FAISS, changed in use."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import math
 import numbers
 import os
-import shutil
-import uuid
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from st_fpsloss.retrieval.encode import checked_similarity, embed_in_chunks
+from st_fpsloss.retrieval import storage
+from st_fpsloss.retrieval.encode import embed_in_chunks, normalized
+from st_fpsloss.retrieval.faiss_backend import import_faiss
+from st_fpsloss.retrieval.filters import Filter, allowed_rows, check_ids, excluded_rows
+from st_fpsloss.retrieval.generation import (
+    Kind,
+    read_generation,
+    write_snapshot_as_generation,
+)
+from st_fpsloss.retrieval.snapshot import ID
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
-INDEX_FILE, DOCUMENTS_FILE, INFO_FILE = "index.faiss", "documents.parquet", "index.json"
-QUERY_CHUNK_SIZE = 256
+SHARD_SIZE = 8192
+_INPUT, _FINGERPRINT = "input", "fingerprint"
+_ATTEMPTS = 20
 
-# Of a stored vector's length. Half precision moves an embedding by less, another model by about its whole length.
-_SAME_MODEL_TOLERANCE = 0.05
+Results = list[list[tuple[Any, float]]]
+
+
+class Changes(NamedTuple):
+    """What :meth:`DocumentIndex.update` did: numbers of documents."""
+
+    embedded: int
+    added: int
+    changed: int
+    removed: int
+    unchanged: int
 
 
 class DocumentIndex:
-    """The documents of a corpus as vectors in a FAISS index: embed offline once, save, load anywhere, search.
+    """The documents of a corpus as vectors: embed offline once, save, load anywhere, search, add, update and remove.
 
-    The scores are the model's own similarity: inner products of the embeddings for ``"dot"``, of the normalised
-    embeddings for ``"cosine"``. The folder holds ``index.faiss`` (the vectors), ``documents.parquet`` (ids and inputs,
-    so that results can be shown in words) and ``index.json`` (what the index was made from and with).
+    The scores are the model's own similarity: inner products of the embeddings for ``"dot"``, of the normalized
+    embeddings for ``"cosine"``; those of an approximate index too, which finds its candidates with FAISS and scores
+    them by their full vectors. Vectors and documents are mapped into memory, not read.
+
+    Threads may search while others change the index. Changes are in memory until :meth:`save`, which writes a new
+    generation: other processes search the old one until they :meth:`load` again. ``st_fpsloss.retrieval.storage``
+    describes the folder.
 
     Create one with :meth:`build` or :meth:`load`, not with the constructor.
 
     Attributes:
-        ids: The document ids, of the type they had when the index was built, in the order of the vectors.
-        info: The content of ``index.json``.
-        faiss_index: The FAISS index itself, for its own search settings.
+        path: The folder.
+        info: The content of its ``index.json``: similarity, dimension, count, factory, measured recall, generation.
 
     Example:
         ::
@@ -54,72 +72,91 @@ class DocumentIndex:
             index = DocumentIndex.load("my-index")
             [[(document_id, score)]] = index.search(model, ["films with toys"], k=1)
             index.document(document_id)  # "toys come alive"
+            index.update(model, {"d2": "toys come alive at night", "d3": "robots"})  # embeds two documents
+            index.remove(["d1"])
+            index.save()
     """
 
-    def __init__(self, faiss_index: Any, documents: pa.Table, info: dict[str, Any]) -> None:
-        self.faiss_index = faiss_index
-        self.info = info
-        self.ids: list[Any] = documents["id"].to_pylist()
-        self._inputs = documents["input"]
-        self._row_of = {document_id: row for row, document_id in enumerate(self.ids)}
-        self._compared_with: weakref.ref[SentenceTransformer] | None = None
+    def __init__(self, path: Path, manifest: dict[str, Any], generation: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._open(manifest, generation)
+
+    def _open(self, manifest: dict[str, Any], generation: Path) -> None:
+        self.info = manifest
+        self._snapshot = read_generation(generation, manifest)
+        self._id_type: pa.DataType = self._snapshot.stored.schema.field(ID).type
+        self._rows: dict[Any, int] | None = None
+        self._changed = False
 
     @classmethod
     def build(
         cls,
         model: SentenceTransformer,
-        documents: Mapping[Any, Any],
+        documents: Any,
         path: str | os.PathLike[str],
-        factory: str = "Flat",
+        factory: str | None = None,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         overwrite: bool = False,
+        recall: float = 0.98,
+        columns: Sequence[str] = (),
+        id_column: str = "id",
+        document_column: str = "document",
+        queries: Sequence[Any] | None = None,
+        shard_size: int = SHARD_SIZE,
+        device: str | list[str] | None = None,
     ) -> DocumentIndex:
         """Embed a corpus with ``model.encode_document``, and write the index to a folder.
 
-        Memory holds the vectors (4 · dim bytes a document), the ids and inputs, and one chunk of embeddings; twice the
-        vectors for a ``factory`` that has to be trained. The folder appears whole or not at all.
+        The corpus is embedded in shards. Where a build is stopped, even killed, the next one with the same model and
+        documents takes the finished shards over. Memory holds one shard, and a graph index where one is built.
 
         Args:
             model: The model whose document tower embeds the corpus; its similarity has to be dot or cosine.
-            documents: Document id to input: a string, or a dict with ``"text"`` and features. Ids are all strings or
-                all integers.
-            path: The folder to write; it must not exist, unless ``overwrite``.
-            factory: A FAISS factory string. ``"Flat"`` is exact; ``"IVF64,Flat"`` and others trade exactness for speed.
-                An IVF index probes the square root of its number of lists; change ``faiss_index.nprobe`` at will.
+            documents: A dict of document id to input (a string, or a dict with ``"text"`` and features), a
+                ``datasets.Dataset``, the path of a Parquet file or of a folder of them, or an iterable of (id, input)
+                or (id, input, dict of values to store). Ids are all strings or all integers.
+            path: The folder to write; it must not exist, unless ``overwrite`` or a build was stopped there.
+            factory: A FAISS factory string, such as ``"Flat"`` (exact), ``"HNSW32"``, ``"IVF1024,Flat"`` or
+                ``"IVF4096,PQ32x8"``; None: by size, exact up to 100,000 documents, a graph up to 5 million, then
+                inverted lists of compressed vectors.
             batch_size: Documents in one forward pass.
             show_progress_bar: Whether to show progress bars; None: if the logger is at INFO or below.
-            overwrite: Whether to replace the index that is in ``path``.
+            overwrite: Whether to replace the index that is in ``path``. Processes that have it loaded go on with it.
+            recall: The recall@10 against the exact search that an approximate index has to reach: it searches as hard
+                as that takes, and the measured recall is stored. 1 is exact.
+            columns: Names of values to store for filters: columns of a data set or a file, keys of dict inputs.
+            id_column: Name of the column of ids, of a data set or a file.
+            document_column: Name of the column of inputs, of a data set or a file.
+            queries: Some real queries to measure the recall with; None: documents stand in for them.
+            shard_size: Documents in a shard.
+            device: A device; or several, for sentence-transformers' encoding in one process each; None: the model's.
 
         Returns:
             The index, ready to search.
 
         Raises:
             ImportError: If FAISS is not installed.
+            RuntimeError: If another process is writing to ``path``.
             ValueError: For an unusable argument (before anything is embedded), a factory string that FAISS refuses, or
-                embeddings that are NaN (before anything is written).
+                embeddings that are NaN (before anything is published).
         """
-        _faiss()
-        folder = _checked_target(path, overwrite)
-        table = _document_table(documents)
-        similarity = checked_similarity(model)
-        chunks = embed_in_chunks(model.encode_document, list(documents.values()), batch_size, show_progress_bar)
-        faiss_index = _fill(factory, _normalised(chunks) if similarity == "cosine" else chunks)
-        info = {
-            "similarity": similarity,
-            "metric": "inner_product",
-            "factory": factory,
-            "dimension": faiss_index.d,
-            "count": table.num_rows,
-            "st_fpsloss_version": _package_version(),
-        }
-        _write(folder, faiss_index, table, info)
-        logger.info("Wrote an index of %d documents to %s.", table.num_rows, folder)
-        return cls(faiss_index, table, info)
+        # Here, not above: a process that only searches needs neither torch nor datasets.
+        from st_fpsloss.retrieval.build import Plan, build_generation
+        from st_fpsloss.retrieval.sources import Documents
+
+        folder = storage.check_target(path, overwrite)
+        source = Documents(documents, columns, id_column, document_column)
+        plan = Plan(source, factory, recall, queries, shard_size, batch_size, device, show_progress_bar)
+        build_generation(model, plan, folder)
+        index = cls.load(folder)
+        logger.info("Wrote an index of %d documents to %s.", len(index), folder)
+        return index
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DocumentIndex:
-        """Load an index that :meth:`build` wrote.
+        """Load an index that :meth:`build` wrote, and check every file against its checksum.
 
         Args:
             path: The folder.
@@ -129,33 +166,43 @@ class DocumentIndex:
 
         Raises:
             ImportError: If FAISS is not installed.
-            ValueError: If the folder or a file in it is missing or broken, or the files belong to different indexes.
+            ValueError: If there is no index, or a file of it is missing or not as it was written.
         """
-        faiss = _faiss()
-        folder = Path(path)
-        missing = [name for name in (INFO_FILE, DOCUMENTS_FILE, INDEX_FILE) if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"path={str(path)!r} is no document index: it has no {', no '.join(missing)}; "
-                "give the folder that DocumentIndex.build wrote, or build it anew."
-            )
-        try:
-            info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-            documents = pq.read_table(folder / DOCUMENTS_FILE)
-            faiss_index = faiss.read_index(str(folder / INDEX_FILE))
-            found = (documents.num_rows, faiss_index.ntotal, faiss_index.d)
-            expected = (info["count"], info["count"], info["dimension"])
-        except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-            raise ValueError(f"path={str(path)!r} holds a broken document index, build it anew: {error}") from error
-        if found != expected:
-            raise ValueError(
-                f"path={str(path)!r} holds files of different indexes: documents, vectors and dimension are {found}, "
-                f"and {INFO_FILE} says {expected}; build it anew."
-            )
-        return cls(faiss_index, documents, info)
+        import_faiss()
+        folder = Path(path).resolve()
+        for _ in range(_ATTEMPTS):
+            manifest = storage.read_manifest(folder)
+            try:
+                return cls(folder, manifest, storage.verified_generation(folder, manifest))
+            except FileNotFoundError as error:
+                if storage.read_manifest(folder)["generation"] == manifest["generation"]:
+                    raise storage.broken(folder, f"it has no {Path(error.filename).name}") from error
+        raise RuntimeError(f"path={str(path)!r} was replaced {_ATTEMPTS} times while it was read: load it again.")
+
+    @staticmethod
+    def current_generation(path: str | os.PathLike[str]) -> str:
+        """Return the name of the generation in a folder: where it is not ``info["generation"]``, load again.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            ValueError: If there is no index.
+        """
+        return str(storage.read_manifest(Path(path).resolve())["generation"])
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._snapshot)
+
+    @property
+    def ids(self) -> list[Any]:
+        """The document ids, of the type they had when the index was built, in the order of the vectors."""
+        return self._snapshot.ids
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the stored columns."""
+        return [name for name in self._snapshot.added.column_names if name not in (ID, _INPUT, _FINGERPRINT)]
 
     def document(self, document_id: Any) -> Any:
         """Return the input that a document was embedded from, to show results in words.
@@ -164,15 +211,54 @@ class DocumentIndex:
             document_id: The id of a document in the index.
 
         Returns:
-            The string or dict; None if it held something that JSON cannot spell, such as an image.
+            The string or dict; None if it held something that JSON cannot express, such as an image.
 
         Raises:
             ValueError: If the index does not have the document.
         """
-        if document_id not in self._row_of:
+        text = self._row(document_id, [_INPUT])[_INPUT]
+        return None if text is None else json.loads(text)
+
+    def fields(self, document_id: Any) -> dict[str, Any]:
+        """Return the stored columns of a document.
+
+        Args:
+            document_id: The id of a document in the index.
+
+        Raises:
+            ValueError: If the index does not have the document.
+        """
+        return self._row(document_id, self.columns)
+
+    def _row(self, document_id: Any, columns: Sequence[str]) -> dict[str, Any]:
+        with self._lock:
+            row, snapshot = self._row_of().get(document_id), self._snapshot
+        if row is None:
             raise ValueError(f"document_id={document_id!r} is not among the {len(self)} documents of the index.")
-        spelled = self._inputs[self._row_of[document_id]].as_py()
-        return None if spelled is None else json.loads(spelled)
+        return snapshot.row(row, columns)
+
+    def _row_of(self) -> dict[Any, int]:
+        """Id to row; made when it is first needed, which a search without ids never does."""
+        with self._lock:
+            if self._rows is None:
+                rows = np.flatnonzero(self._snapshot.live).tolist()
+                self._rows = dict(zip(self._snapshot.ids, rows, strict=True))
+            return self._rows
+
+    def check_model(self, model: SentenceTransformer) -> None:
+        """Refuse a model whose document tower is not the one that embedded the documents.
+
+        Args:
+            model: The model. One in another precision is compared by an embedding.
+
+        Raises:
+            ValueError: Saying what differs.
+        """
+        # Here, not above: a process that searches with vectors needs no torch.
+        from st_fpsloss.retrieval.model_fingerprint import check_model
+
+        with self._lock:
+            check_model(model, self.info, self._snapshot)
 
     def search(
         self,
@@ -180,247 +266,239 @@ class DocumentIndex:
         queries: Sequence[Any],
         k: int,
         exclude: Sequence[Iterable[Any] | None] | None = None,
+        filter: Filter | None = None,
         batch_size: int = 32,
         show_progress_bar: bool = False,
-    ) -> list[list[tuple[Any, float]]]:
+    ) -> Results:
         """Find the k most similar documents of each query.
 
         Args:
-            model: The model whose query tower embeds the queries: the one that the index was built with. An exact
-                index (``factory="Flat"``) embeds one of its documents again at the first search with a model, and
-                warns if it is another one.
+            model: The model whose query tower embeds the queries. Its document tower has to be the one that embedded
+                the documents; it may have been loaded in another precision.
             queries: Strings, or dicts with ``"text"`` and features.
             k: Documents a query. Where fewer are left, all of them are returned.
             exclude: For each query the ids of documents to leave out, such as those the user has seen, or None. The
                 search goes as deep as it takes to return k others. Ids that the index does not have are ignored.
+            filter: The documents that may be returned, for all queries alike: ids; an expression over the stored
+                columns and ``id`` such as ``pyarrow.compute.field("year") > 1990``; or a function from the table of
+                these columns to one bool a row. Where it leaves 20,000 documents or fewer, all of them are scored.
             batch_size: Queries in one forward pass.
             show_progress_bar: Whether to show progress bars.
 
         Returns:
-            For each query a list of (document id, score), best first; equal scores in the order of the corpus. Of
-            documents that tie for the last place, FAISS chooses those that are returned.
+            For each query a list of (document id, score), best first; equal scores in the order of the corpus. Which
+            of the documents that tie for the last place are returned is not defined.
 
         Raises:
-            ValueError: If the model's similarity or dimension is unlike the index's, ``queries`` is a lone input, ``k``
-                is below 1, or ``exclude`` is a mapping, has another length than ``queries`` or ids of another type.
+            ValueError: If the model is not the one that the index was built with, ``queries`` is a lone input, ``k``
+                is below 1, or ``exclude`` or ``filter`` is unusable.
         """
-        if not isinstance(k, numbers.Integral) or k < 1:
-            raise ValueError(f"k={k!r} has to be an integer of 1 or more.")
+        _check_k(k)
         if isinstance(queries, (str, Mapping)):
             raise ValueError(f"queries={repr(queries)[:200]} is one input: give a list of them, queries=[...].")
-        similarity = checked_similarity(model)
-        if similarity != self.info["similarity"]:
-            raise ValueError(
-                f"the index was built for the similarity {self.info['similarity']!r}, and model.similarity_fn_name is "
-                f"{similarity!r}: search with the model that built it, or build the index anew with this one."
+        self.check_model(model)
+        excluded, allowed, snapshot = self._restrictions(exclude, filter, len(queries))
+        results: Results = []
+        for vectors in embed_in_chunks(model.encode_query, queries, batch_size, show_progress_bar):
+            results += snapshot.search(
+                self._prepared(vectors), int(k), excluded[len(results) : len(results) + len(vectors)], allowed
             )
-        excluded = self._excluded_rows(exclude, len(queries))
-        self._warn_of_another_model(model)
-        chunks = embed_in_chunks(model.encode_query, queries, batch_size, show_progress_bar)
-        results: list[list[tuple[Any, float]]] = []
-        for vectors in _normalised(chunks) if similarity == "cosine" else chunks:
-            if vectors.shape[1] != self.info["dimension"]:
-                raise ValueError(
-                    f"the index has vectors of dimension {self.info['dimension']}, and the model embeds queries in "
-                    f"{vectors.shape[1]}: search with the model that built it, or build the index anew with this one."
-                )
-            results += self._search_vectors(vectors, int(k), excluded[len(results) : len(results) + len(vectors)])
         return results
 
-    def _warn_of_another_model(self, model: SentenceTransformer) -> None:
-        """Compare a stored vector with the model's own, once a model: nothing else tells models of one size apart."""
-        if self._compared_with is not None and self._compared_with() is model:
-            return
-        self._compared_with = weakref.ref(model)
-        row = next((row for row, spelled in enumerate(self._inputs) if spelled.is_valid), None)
-        if row is None or self.info["factory"] != "Flat":  # others do not keep the vectors as they were
-            return
-        chunks = embed_in_chunks(model.encode_document, [self.document(self.ids[row])], show_progress_bar=False)
-        ((vector,),) = _normalised(chunks) if self.info["similarity"] == "cosine" else chunks
-        stored = self.faiss_index.reconstruct(row)
-        if vector.shape != stored.shape:  # the search itself says so
-            return
-        if np.linalg.norm(vector - stored) > _SAME_MODEL_TOLERANCE * np.linalg.norm(stored):
-            logger.warning(
-                "The index was built with another model than the one that it is searched with, or with this one before "
-                "it was trained on: it embeds document %r otherwise. Rebuild the index, or search with its own model.",
-                self.ids[row],
-            )
+    def search_vectors(
+        self,
+        vectors: np.ndarray,
+        k: int,
+        exclude: Sequence[Iterable[Any] | None] | None = None,
+        filter: Filter | None = None,
+    ) -> Results:
+        """Find the k most similar documents of queries that are embedded already.
 
-    def _excluded_rows(self, exclude: Sequence[Iterable[Any] | None] | None, num_queries: int) -> list[np.ndarray]:
-        """Turn the ids to leave out into sorted row numbers, and check them."""
-        if exclude is None:
-            exclude = [None] * num_queries
-        if isinstance(exclude, (str, Mapping)):
+        Args:
+            vectors: (Q, dim) the queries' embeddings, as ``model.encode_query`` gives them; a cosine needs no
+                normalizing.
+            k: As for :meth:`search`.
+            exclude: As for :meth:`search`.
+            filter: As for :meth:`search`.
+
+        Returns:
+            As :meth:`search`.
+
+        Raises:
+            ValueError: If ``vectors`` has another shape or holds NaN, and as :meth:`search`.
+        """
+        _check_k(k)
+        prepared = self._prepared(np.asarray(vectors))
+        excluded, allowed, snapshot = self._restrictions(exclude, filter, len(prepared))
+        return snapshot.search(prepared, int(k), excluded, allowed)
+
+    def _restrictions(
+        self, exclude: Sequence[Iterable[Any] | None] | None, filter: Filter | None, num_queries: int
+    ) -> tuple[list[np.ndarray], np.ndarray | None, Any]:
+        """Turn ids and filters into rows of one snapshot."""
+        with self._lock:
+            snapshot = self._snapshot
+            excluded = excluded_rows(exclude, num_queries, self._row_of, self._id_type)
+            if filter is None:
+                return excluded, None, snapshot
+            names = [ID, *self.columns]
+            table = pa.concat_tables([snapshot.stored.select(names), snapshot.added.select(names)])
+            return excluded, allowed_rows(filter, table, self._row_of, self._id_type), snapshot
+
+    def _prepared(self, vectors: np.ndarray) -> np.ndarray:
+        """Check the queries' vectors, and normalize them for a cosine."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.info["dimension"]:
             raise ValueError(
-                f"exclude={exclude!r:.200} is a {type(exclude).__name__}: give a list with the ids to leave out, or "
-                "None, for each query, in the order of `queries`."
+                f"the index has vectors of dimension {self.info['dimension']}, and the queries' are of shape "
+                f"{vectors.shape}: search with the model that built it, or build the index again with this one."
             )
-        if len(exclude) != num_queries:
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        if not np.isfinite(vectors).all():
+            raise ValueError("vectors has NaN or infinite numbers: its query tower is broken, or it overflowed.")
+        return normalized(vectors) if self.info["similarity"] == "cosine" else vectors
+
+    def add(
+        self,
+        model: SentenceTransformer,
+        documents: Any,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        id_column: str = "id",
+        document_column: str = "document",
+    ) -> None:
+        """Embed documents with new ids and add them, in memory; :meth:`save` writes them.
+
+        Args:
+            model: The model that the index was built with.
+            documents: As for :meth:`build`. The stored columns are those of the index.
+            batch_size: Documents in one forward pass.
+            show_progress_bar: Whether to show a progress bar; None: if the logger is at INFO or below.
+            id_column: As for :meth:`build`.
+            document_column: As for :meth:`build`.
+
+        Raises:
+            ValueError: If an id is in the index already (:meth:`update` replaces documents), the model is another one,
+                or the documents are unusable. The index is as it was, then.
+        """
+        from st_fpsloss.retrieval.updates import embed_changes
+
+        self.check_model(model)
+        changes = embed_changes(self, model, documents, batch_size, show_progress_bar, id_column, document_column)
+        if changes.replaced:
             raise ValueError(
-                f"exclude has {len(exclude)} entries for {num_queries} queries: give one for each, or None."
+                f"documents has {len(changes.replaced)} ids that are in the index, the first {changes.replaced[0]!r}: "
+                "use update() to replace them."
             )
-        id_type = str if isinstance(self.ids[0], str) else numbers.Integral
-        excluded = []
-        for number, ids in enumerate(exclude):
-            ids = [] if ids is None else [ids] if isinstance(ids, str) else list(ids)
-            wrong = [document_id for document_id in ids if not isinstance(document_id, id_type)]
-            if wrong:
-                raise ValueError(
-                    f"exclude[{number}] has {wrong[0]!r}, and the ids of this index are of type "
-                    f"{type(self.ids[0]).__name__}: 1 and '1' are different ids."
-                )
-            rows = {self._row_of[document_id] for document_id in ids if document_id in self._row_of}
-            excluded.append(np.array(sorted(rows), dtype=np.int64))
-        return excluded
+        self._apply(changes.table, changes.vectors, ())
 
-    def _search_vectors(
-        self, vectors: np.ndarray, k: int, excluded: Sequence[np.ndarray]
-    ) -> list[list[tuple[Any, float]]]:
-        """Search chunks of queries that need about the same depth, so that one long exclusion is paid for once."""
-        depths = np.array([min(len(self), k + len(rows)) for rows in excluded])
-        results: list[list[tuple[Any, float]]] = [[] for _ in vectors]
-        order = np.argsort(depths, kind="stable")
-        for start in range(0, len(order), QUERY_CHUNK_SIZE):
-            chunk = order[start : start + QUERY_CHUNK_SIZE]
-            scores, rows = self.faiss_index.search(vectors[chunk], int(depths[chunk].max()))
-            for query, query_scores, query_rows in zip(chunk.tolist(), scores, rows, strict=True):
-                kept = _without(query_rows, excluded[query])
-                if kept.sum() < min(k, len(self) - len(excluded[query])):
-                    query_scores, query_rows = self._search_everywhere(vectors[query], int(depths[query]))
-                    kept = _without(query_rows, excluded[query])
-                query_scores, query_rows = query_scores[kept], query_rows[kept]
-                best = np.lexsort((query_rows, -query_scores))[:k]
-                results[query] = [(self.ids[query_rows[i]], float(query_scores[i])) for i in best]
-        return results
+    def update(
+        self,
+        model: SentenceTransformer,
+        documents: Any,
+        remove_missing: bool = False,
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        id_column: str = "id",
+        document_column: str = "document",
+    ) -> Changes:
+        """Add new documents and replace those that changed, in memory; :meth:`save` writes them.
 
-    def _search_everywhere(self, vector: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search every list of an inverted index, for a query whose probed lists hold too few documents."""
-        inverted = _faiss().try_extract_index_ivf(self.faiss_index)
-        probes = inverted.nprobe if inverted is not None else None
-        try:
-            if inverted is not None:
-                inverted.nprobe = inverted.nlist
-            scores, rows = self.faiss_index.search(vector[None], depth)
-        finally:
-            if inverted is not None:
-                inverted.nprobe = probes
-        return scores[0], rows[0]
+        Only new inputs and those whose content differs from the stored one are embedded. Where the stored columns
+        alone changed, the vector stays.
 
+        Args:
+            model: The model that the index was built with.
+            documents: As for :meth:`build`.
+            remove_missing: Whether to remove the documents of the index that are not among these.
+            batch_size: Documents in one forward pass.
+            show_progress_bar: Whether to show a progress bar; None: if the logger is at INFO or below.
+            id_column: As for :meth:`build`.
+            document_column: As for :meth:`build`.
 
-def _faiss() -> Any:
-    """Import FAISS, an optional dependency."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError('DocumentIndex needs FAISS: pip install "st-fpsloss[faiss]"') from error
-    return faiss
+        Returns:
+            How many documents were embedded, added, changed, removed and left as they were.
 
+        Raises:
+            ValueError: If the model is another one or the documents are unusable. The index is as it was, then.
+        """
+        from st_fpsloss.retrieval.updates import embed_changes
 
-def _without(rows: np.ndarray, excluded: np.ndarray) -> np.ndarray:
-    """Mark the rows that are documents (FAISS pads with -1) and not excluded."""
-    return (rows >= 0) & ~np.isin(rows, excluded)
-
-
-def _normalised(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Divide embeddings by their length, so that an inner product is the cosine."""
-    for chunk in chunks:
-        yield chunk / np.maximum(np.linalg.norm(chunk, axis=1, keepdims=True), 1e-12)
-
-
-def _checked_target(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Refuse a path whose content would be lost."""
-    folder = Path(path).resolve()
-    if folder.exists() and not overwrite:
-        raise ValueError(f"path={str(path)!r} exists: choose another one, or replace the index with overwrite=True.")
-    if folder.exists() and not (folder / INFO_FILE).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(
-            f"path={str(path)!r} exists and is no document index: it is not overwritten; choose another one."
+        self.check_model(model)
+        changes = embed_changes(self, model, documents, batch_size, show_progress_bar, id_column, document_column)
+        missing = [document_id for document_id in self.ids if document_id not in changes.seen] if remove_missing else []
+        self._apply(changes.table, changes.vectors, missing)
+        return Changes(
+            embedded=changes.embedded,
+            added=len(changes.table) - len(changes.replaced),
+            changed=len(changes.replaced),
+            removed=len(missing),
+            unchanged=len(changes.seen) - len(changes.table),
         )
-    return folder
+
+    def remove(self, ids: Iterable[Any]) -> None:
+        """Remove documents, in memory; :meth:`save` writes it.
+
+        Args:
+            ids: Their ids.
+
+        Raises:
+            ValueError: If the index does not have one of them; it is as it was, then.
+        """
+        ids = [ids] if isinstance(ids, str) else list(ids)
+        check_ids(ids, self._id_type, "ids")
+        with self._lock:
+            unknown = [document_id for document_id in ids if document_id not in self._row_of()]
+            if unknown:
+                raise ValueError(f"ids has {unknown[0]!r}, which is not among the {len(self)} documents of the index.")
+            self._apply(self._snapshot.added.slice(0, 0), self._snapshot.added_vectors[:0], ids)
+
+    def _apply(self, table: pa.Table, vectors: np.ndarray, removed: Iterable[Any]) -> None:
+        """Put the next snapshot in the place of this one."""
+        with self._lock:
+            snapshot, rows = self._snapshot, self._row_of()
+            first = len(snapshot.live)
+            live = np.concatenate([snapshot.live, np.ones(len(table), dtype=bool)])
+            for document_id in removed:
+                live[rows.pop(document_id)] = False
+            for number, document_id in enumerate(table[ID].to_pylist()):
+                if document_id in rows:
+                    live[rows[document_id]] = False
+                rows[document_id] = first + number
+            self._snapshot = replace(
+                snapshot,
+                added=pa.concat_tables([snapshot.added, table]).combine_chunks(),
+                added_vectors=np.concatenate([snapshot.added_vectors, vectors]),
+                live=live,
+            )
+            self._changed = True
+
+    def save(self) -> None:
+        """Write the changes as a new generation of the folder; without changes nothing is written.
+
+        Processes that have the folder loaded go on with their generation. A graph or lists grow by the added
+        documents, and are built again where the index has outgrown them or a fifth of it was removed.
+
+        Raises:
+            RuntimeError: If another process is writing, or has published another generation since this one was loaded.
+        """
+        with self._lock:
+            if not self._changed:
+                return
+            with storage.writing(self.path):
+                if storage.read_manifest(self.path)["generation"] != self.info["generation"]:
+                    raise RuntimeError(
+                        f"path={str(self.path)!r} was replaced since this index was loaded: load it again, repeat the "
+                        "changes, and save."
+                    )
+                info = {name: value for name, value in self.info.items() if name not in storage.OWN_KEYS}
+                kind = Kind(info["wanted_factory"], info["wanted_recall"], bias_dimension=info["bias_dimension"])
+                with storage.new_generation(self.path, info) as generation:
+                    old = self.path / self.info["generation"]
+                    info.update(write_snapshot_as_generation(generation, self._snapshot, kind, info, old))
+                manifest = storage.read_manifest(self.path)
+                self._open(manifest, self.path / manifest["generation"])
 
 
-def _document_table(documents: Mapping[Any, Any]) -> pa.Table:
-    """Check the documents, and lay them out as ids (strings or integers) and inputs (JSON)."""
-    if not isinstance(documents, Mapping) or not documents:
-        raise ValueError(f"documents={repr(documents)[:200]} has no documents: give a dict of document id to input.")
-    ids = list(documents)
-    if all(isinstance(document_id, str) for document_id in ids):
-        column = pa.array(ids, pa.string())
-    elif all(isinstance(document_id, numbers.Integral) and not isinstance(document_id, bool) for document_id in ids):
-        try:
-            column = pa.array([int(document_id) for document_id in ids], pa.int64())
-        except OverflowError as error:
-            raise ValueError("documents has an integer id beyond 64 bits: use strings as ids.") from error
-    else:
-        types = sorted({type(document_id).__name__ for document_id in ids})
-        raise ValueError(f"documents has ids of type {', '.join(types)}: make all of them strings or all integers.")
-    spelled = [_json_or_none(value) for value in documents.values()]
-    if lost := sum(value is None for value in spelled):
-        logger.warning("%d documents hold values that JSON cannot spell: the index keeps them without inputs.", lost)
-    return pa.table({"id": column, "input": pa.array(spelled, pa.string())})
-
-
-def _json_or_none(value: Any) -> str | None:
-    """Spell an input as JSON; numpy numbers and arrays as plain ones."""
-    try:
-        return json.dumps(value, ensure_ascii=False, default=lambda other: other.tolist())
-    except (AttributeError, TypeError, ValueError):
-        return None
-
-
-def _fill(factory: str, chunks: Iterator[np.ndarray]) -> Any:
-    """Make a FAISS index for inner products and add the vectors, training it first where its kind needs that."""
-    faiss = _faiss()
-    first = next(chunks)
-    try:
-        index = faiss.index_factory(first.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(
-            f"factory={factory!r} is no FAISS factory string for vectors of dimension {first.shape[1]}: "
-            f"'Flat' is exact search. FAISS says: {error}"
-        ) from error
-    if not index.is_trained:
-        first = np.concatenate([first, *chunks])
-        try:
-            index.train(first)
-        except RuntimeError as error:
-            raise ValueError(
-                f"factory={factory!r} cannot be trained on {len(first)} documents: use fewer lists or 'Flat'. "
-                f"FAISS says: {error}"
-            ) from error
-    index.add(first)
-    for chunk in chunks:
-        index.add(chunk)
-    inverted = faiss.try_extract_index_ivf(index)
-    if inverted is not None:
-        inverted.nprobe = math.ceil(math.sqrt(inverted.nlist))
-    return index
-
-
-def _package_version() -> str | None:
-    try:
-        return importlib.metadata.version("st-fpsloss")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _write(folder: Path, faiss_index: Any, documents: pa.Table, info: dict[str, Any]) -> None:
-    """Write the three files to a temporary folder beside the target, then move it into place."""
-    suffix = f"{uuid.uuid4().hex[:8]}.tmp"
-    new, old = folder.with_name(f".{folder.name}.new.{suffix}"), folder.with_name(f".{folder.name}.old.{suffix}")
-    new.mkdir(parents=True)
-    try:
-        _faiss().write_index(faiss_index, str(new / INDEX_FILE))
-        pq.write_table(documents, new / DOCUMENTS_FILE)
-        (new / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def _check_k(k: Any) -> None:
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k={k!r} has to be an integer of 1 or more.")

@@ -14,8 +14,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
 
-from st_fpsloss.retrieval import index as index_module
+from st_fpsloss.retrieval import generation, snapshot
 from st_fpsloss.retrieval.index import DocumentIndex
+from st_fpsloss.retrieval.sources import Documents
 from tests.evaluation.test_evaluator import static_model, static_module, vectors
 
 NUM_QUERIES, NUM_DOCUMENTS = 30, 200
@@ -51,7 +52,7 @@ def test_search_gives_the_models_own_similarity_best_first(built):
 
 def test_search_goes_deeper_for_what_is_excluded(built, monkeypatch):
     model, path = built
-    monkeypatch.setattr(index_module, "QUERY_CHUNK_SIZE", 8)
+    monkeypatch.setattr(snapshot, "QUERY_CHUNK_SIZE", 8)
     scores = similarities(model)
     rng = np.random.default_rng(0)
     exclude = [rng.permutation(NUM_DOCUMENTS)[: 9 * number].tolist() for number in range(NUM_QUERIES - 1)]
@@ -191,19 +192,19 @@ def test_a_failed_build_leaves_nothing_and_keeps_the_old_index(tmp_path, monkeyp
     def full_disk(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(index_module.pq, "write_table", full_disk)
+    monkeypatch.setattr(generation, "write_vectors", full_disk)
     with pytest.raises(OSError, match="no space left"):
         DocumentIndex.build(model, DOCUMENTS, path, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["index"] and DocumentIndex.load(path).ids == [1]
 
 
-def test_an_overwrite_that_stops_halfway_puts_the_old_index_back(tmp_path, monkeypatch):
+def test_an_overwrite_that_stops_at_the_last_step_leaves_the_old_index(tmp_path, monkeypatch):
     model, path = random_model(), tmp_path / "index"
     DocumentIndex.build(model, {1: "document1"}, path)
     replace = os.replace
 
     def interrupted(source, target):
-        if ".new." in str(source):
+        if str(target).endswith("index.json"):
             raise OSError("interrupted")
         replace(source, target)
 
@@ -211,19 +212,20 @@ def test_an_overwrite_that_stops_halfway_puts_the_old_index_back(tmp_path, monke
     with pytest.raises(OSError, match="interrupted"):
         DocumentIndex.build(model, DOCUMENTS, path, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["index"] and DocumentIndex.load(path).ids == [1]
+    assert len([file for file in path.iterdir() if file.name.startswith("generation-")]) == 1
 
 
 def test_inputs_that_json_cannot_spell_are_indexed_without_them(tmp_path, caplog):
-    table = index_module._document_table({1: {"text": "a", "year": np.float32(1995)}, 2: {"image": object()}})
-    assert table["input"].to_pylist() == ['{"text": "a", "year": 1995.0}', None]
-    assert "1 documents hold values that JSON cannot spell" in caplog.text
+    (batch,) = Documents({1: {"text": "a", "year": np.float32(1995)}, 2: {"image": object()}}).batches(10)
+    assert batch.table["input"].to_pylist() == ['{"text": "a", "year": 1995.0}', None]
+    assert "1 documents hold values that JSON cannot express" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
         ({}, "documents={} has no documents"),
-        (["document1"], "has no documents"),
+        (["document1"], "documents has 'document1'.*pairs"),
         ({1: "document1", "2": "document2"}, "ids of type int, str"),
         ({1.5: "document1"}, "ids of type float"),
         ({True: "document1"}, "ids of type bool"),
@@ -281,7 +283,7 @@ def test_another_model_than_the_indexs_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_another_model_of_the_same_size_is_warned_of_once(tmp_path, caplog, similarity):
+def test_another_model_of_the_same_size_is_refused_and_half_precision_is_not(tmp_path, similarity):
     model, trained = random_model(similarity), random_model(similarity)
     with torch.no_grad():
         trained[0].embedding.weight.mul_(-0.5).add_(0.3)
@@ -289,31 +291,37 @@ def test_another_model_of_the_same_size_is_warned_of_once(tmp_path, caplog, simi
     index = DocumentIndex.load(tmp_path / "index")
     index.search(model, QUERIES, k=3)
     index.search(copy.deepcopy(model).bfloat16(), QUERIES, k=3)
-    assert "another model" not in caplog.text
-    for _ in range(2):
-        index.search(trained, QUERIES, k=3)
-    assert caplog.text.count("The index was built with another model") == 1
+    for other in (trained, copy.deepcopy(trained).bfloat16()):
+        with pytest.raises(ValueError, match=r"another model.* the weights of the document tower differ"):
+            index.search(other, QUERIES, k=3)
+    with torch.no_grad():  # the one that searched before, trained on
+        model[0].embedding.weight.add_(1e-4)
+    with pytest.raises(ValueError, match="before it was trained on"):
+        index.search(model, QUERIES, k=3)
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "documents.parquet", "index.json"])
-def test_missing_and_broken_files_are_named(built, tmp_path, name):
+def test_missing_files_are_named(built, tmp_path):
     path = tmp_path / "index"
     shutil.copytree(built[1], path)
-    (path / name).write_bytes((path / name).read_bytes()[:20])
-    with pytest.raises(ValueError, match="broken document index, build it anew"):
-        DocumentIndex.load(path)
-    (path / name).unlink()
-    with pytest.raises(ValueError, match=f"it has no {name}"):
-        DocumentIndex.load(path)
+    files = [*path.glob("generation-*/*"), path / "index.json"]
+    assert len(files) == 3
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(ValueError, match=f"it has no {file.name}"):
+            DocumentIndex.load(path)
+        file.write_bytes(content)
     with pytest.raises(ValueError, match="is no document index"):
         DocumentIndex.load(tmp_path / "nowhere")
 
 
 def test_files_of_two_indexes_are_refused(built, tmp_path):
-    DocumentIndex.build(built[0], {1: "document1"}, tmp_path / "other")
+    DocumentIndex.build(built[0], {**DOCUMENTS, 0: "document1"}, tmp_path / "other")
     shutil.copytree(built[1], tmp_path / "mixed")
-    shutil.copy(tmp_path / "other" / "index.faiss", tmp_path / "mixed" / "index.faiss")
-    with pytest.raises(ValueError, match="files of different indexes"):
+    (target,) = (tmp_path / "mixed").glob("generation-*/vectors.npy")
+    (source,) = (tmp_path / "other").glob("generation-*/vectors.npy")
+    shutil.copy(source, target)
+    with pytest.raises(ValueError, match="broken document index, build it again"):
         DocumentIndex.load(tmp_path / "mixed")
 
 
