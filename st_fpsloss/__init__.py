@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from st_fpsloss.losses import FPSLoss, FullSoftmaxLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
     from st_fpsloss.retrieval import DocumentIndex
     from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, freeze_unused_parameters, two_tower
-    from st_fpsloss.training import LossStateCallback, last_complete_checkpoint
+    from st_fpsloss.training import LossStateCallback, align_towers, last_complete_checkpoint
 else:
     # Each where it is first used: to encode a query without torch must not import torch.
     __getattr__, __dir__ = lazy(
@@ -26,7 +26,7 @@ else:
             ],
             "retrieval": ["DocumentIndex"],
             "towers": ["Categorical", "History", "Numerical", "Tags", "Tower", "freeze_unused_parameters", "two_tower"],
-            "training": ["LossStateCallback", "last_complete_checkpoint"],
+            "training": ["LossStateCallback", "align_towers", "last_complete_checkpoint"],
         },
     )
 
@@ -45,6 +45,7 @@ __all__ = [
     "Tags",
     "Tower",
     "TripletLoss",
+    "align_towers",
     "freeze_unused_parameters",
     "last_complete_checkpoint",
     "two_tower",

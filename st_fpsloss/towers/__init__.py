@@ -8,18 +8,20 @@ from st_fpsloss.utils.lazy import lazy
 
 if TYPE_CHECKING:
     from st_fpsloss.towers.build import two_tower
+    from st_fpsloss.towers.encoder import freeze_unused_parameters
     from st_fpsloss.towers.features import Categorical, History, Numerical, Tags
     from st_fpsloss.towers.from_scratch import id_embedding, id_transformer
-    from st_fpsloss.towers.tower import Tower, freeze_unused_parameters
+    from st_fpsloss.towers.tower import Tower
 else:
     # Each where it is first used: features are read without torch where queries are encoded without it.
     __getattr__, __dir__ = lazy(
         __name__,
         {
             "build": ["two_tower"],
+            "encoder": ["freeze_unused_parameters"],
             "features": ["Categorical", "History", "Numerical", "Tags"],
             "from_scratch": ["id_embedding", "id_transformer"],
-            "tower": ["Tower", "freeze_unused_parameters"],
+            "tower": ["Tower"],
         },
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from sentence_transformers import SentenceTransformer
@@ -11,17 +11,17 @@ from sentence_transformers.sentence_transformer.modules import (
     Dropout,
     Module,
     Normalize,
-    Pooling,
     Router,
-    StaticEmbedding,
 )
 from torch import nn
 
 from st_fpsloss.towers.checks import positive_int
+from st_fpsloss.towers.encoder import Encoder, embedding_size, freeze_unused_parameters, load_encoder
 from st_fpsloss.towers.modules.document_bias import BiasDimension, DocumentBias
 from st_fpsloss.towers.modules.feature_encoders import FeatureFusion
 from st_fpsloss.towers.modules.feature_input import FeatureInput
-from st_fpsloss.towers.tower import Tower, freeze_unused_parameters, load_input_module
+from st_fpsloss.towers.start import start_linear, starting_bases
+from st_fpsloss.towers.tower import Tower
 
 SIMILARITIES = ("dot", "cosine")
 
@@ -29,15 +29,22 @@ SIMILARITIES = ("dot", "cosine")
 def two_tower(
     query: Tower,
     document: Tower,
-    embedding_dim: int = 256,
+    embedding_dim: int | None = None,
     similarity: str = "dot",
     document_bias: bool = False,
     prompts: Mapping[str, str] | None = None,
+    texts: Sequence[str] | None = None,
 ) -> SentenceTransformer:
     """Builds a two-tower model: one encoder for queries, one for documents, compared in one embedding space.
 
     The model is a stock ``Router`` with the routes ``"query"`` and ``"document"``, followed by ``Normalize`` if the
     similarity is the cosine. The same :class:`Tower` object for both sides is one shared encoder, held and saved once.
+
+    Over pretrained encoders the towers start as their encoders: untrained, with the default sizes, the cosines of the
+    embeddings are those of the encoders. Where both are one encoder the model therefore ranks before any training as
+    that encoder does; a query encoder with fewer layers, or another one, first has to learn the documents' embeddings:
+    :func:`~st_fpsloss.align_towers`. Where the embeddings are smaller than the encoder's, both towers start from one
+    projection of them: give ``texts``, and it is the one that keeps their cosines best.
 
     Without side features and document bias it holds modules of sentence-transformers alone, so what
     ``save_pretrained`` writes loads anywhere with ``SentenceTransformer(path)``. With them it takes modules of this
@@ -56,7 +63,7 @@ def two_tower(
     Args:
         query: The tower of ``encode_query``.
         document: The tower of ``encode_document``, and of ``encode`` without a task.
-        embedding_dim: Size of the embeddings of both towers.
+        embedding_dim: Size of the embeddings of both towers. None is the size that their encoders have.
         similarity: ``"dot"`` or ``"cosine"``; saved with the model as its ``similarity_fn_name``.
         document_bias: Give every document a learned score of its own on top of the dot product, for instance for how
             popular it is (with in-batch negatives popularity cancels, unless the loss has ``log_q``). The embeddings
@@ -64,6 +71,9 @@ def two_tower(
             index; truncated embeddings lack it. Needs ``similarity="dot"``.
         prompts: What is put in front of a text, as ``{"query": "query: ", "document": "passage: "}``. ``encode_query``
             and ``encode_document`` put it there by themselves; for training see above.
+        texts: A sample of the documents' texts, some thousand of them, that the projection is to suit (by their
+            principal directions). Read only where the towers have less room than their encoders; without them the
+            projection is a random rotation, cut.
 
     Returns:
         The model, ready for ``SentenceTransformerTrainer``. Parameters that no input reaches are frozen, see
@@ -86,17 +96,27 @@ def two_tower(
     """
     for name, tower in (("query", query), ("document", document)):
         _check_tower(name, tower)
-    embedding_dim = positive_int("embedding_dim", embedding_dim)
+    if embedding_dim is not None:
+        embedding_dim = positive_int("embedding_dim", embedding_dim)
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity={similarity!r} is unknown: choose one of {', '.join(SIMILARITIES)}.")
     _check_document_bias(document_bias, similarity)
     _check_prompts(prompts)
+    _check_texts(texts)
 
-    query_modules = _tower_modules(query, embedding_dim)
-    document_modules = query_modules if document is query else _tower_modules(document, embedding_dim)
-    if document_bias:
-        document_modules = _with_bias(document_modules)
-    modules: list[Module] = [Router.for_query_document(query_modules, document_modules)]
+    towers = dict.fromkeys([query, document])
+    encoders = {tower: load_encoder(tower) for tower in towers if tower.transformer is not None}
+    if embedding_dim is None:
+        embedding_dim = _common_size([encoder.embedding_dim for encoder in encoders.values()])
+    routes = {tower: _front(tower, encoders.get(tower)) for tower in towers}
+    heads = {tower: _mlp(embedding_size(routes[tower]), tower, embedding_dim) for tower in towers}
+    pretrained = {tower: encoder for tower, encoder in encoders.items() if encoder.pretrained}
+    for tower, basis in starting_bases(pretrained, embedding_dim, texts).items():
+        start_linear(heads[tower], basis)
+    for tower in towers:
+        routes[tower] += _with_dropout(heads[tower], tower.dropout)
+    document_modules = _with_bias(routes[document]) if document_bias else routes[document]
+    modules: list[Module] = [Router.for_query_document(routes[query], document_modules)]
     if similarity == "cosine":
         modules.append(Normalize())
     if document_bias:
@@ -108,24 +128,25 @@ def two_tower(
     return model
 
 
-def _tower_modules(tower: Tower, embedding_dim: int) -> list[Module]:
-    """Returns the modules of one route: the encoder, then the MLP."""
-    encoder = _encoder_modules(tower)
-    return [*encoder, *_mlp_modules(encoder[-1].get_embedding_dimension(), tower, embedding_dim)]
+def _common_size(sizes: Sequence[int]) -> int:
+    """The size of embeddings that all encoders have."""
+    if len(set(sizes)) == 1:
+        return sizes[0]
+    found = f"the encoders have the sizes {sizes[0]} and {sizes[1]}" if sizes else "no tower has an encoder"
+    raise ValueError(
+        f"embedding_dim=None, and {found}: give the size of the embeddings, embedding_dim={max([64, *sizes])}."
+    )
 
 
-def _encoder_modules(tower: Tower) -> list[Module]:
+def _front(tower: Tower, encoder: Encoder | None) -> list[Module]:
     """Returns what turns an input into one embedding; its last module knows the embedding's size."""
-    if tower.transformer is None:
+    if encoder is None:
         return [FeatureInput(tower.features)]
-    module = load_input_module(tower)
-    pooled = isinstance(module, StaticEmbedding) or module.module_output_name == "sentence_embedding"
-    pooling = [] if pooled else [Pooling(module.get_embedding_dimension(), pooling_mode=tower.pooling)]
     if not tower.features:
-        return [module, *pooling]
-    first = FeatureInput(tower.features, module)
-    fusion = FeatureFusion(module.get_embedding_dimension(), first.feature_dim, tower.dropout)
-    return [first, *pooling, fusion]
+        return list(encoder.modules)
+    first = FeatureInput(tower.features, encoder.modules[0])
+    fusion = FeatureFusion(encoder.embedding_dim, first.feature_dim, tower.dropout)
+    return [first, *encoder.modules[1:], fusion]
 
 
 def _with_bias(modules: list[Module]) -> list[Module]:
@@ -134,16 +155,21 @@ def _with_bias(modules: list[Module]) -> list[Module]:
     return [*modules[:-1], DocumentBias(modules[-1].in_features, feature_dim), modules[-1]]
 
 
-def _mlp_modules(input_dim: int, tower: Tower, embedding_dim: int) -> list[Module]:
-    """Returns the hidden layers with their dropout, and the linear layer to the embedding."""
-    dims = (input_dim, *tower.hidden_dims)
+def _mlp(input_dim: int, tower: Tower, embedding_dim: int) -> list[Dense]:
+    """Returns the hidden layers and the linear layer to the embedding, at random."""
+    dims = (input_dim, *tower.widths(embedding_dim))
     hidden = [Dense(dim_in, dim_out, activation_function=nn.ReLU()) for dim_in, dim_out in pairwise(dims)]
-    output = Dense(dims[-1], embedding_dim, activation_function=nn.Identity())
-    if tower.dropout == 0:
+    return [*hidden, Dense(dims[-1], embedding_dim, activation_function=nn.Identity())]
+
+
+def _with_dropout(layers: list[Dense], dropout: float) -> list[Module]:
+    """Returns the MLP with dropout behind each hidden layer, or in front of the only layer."""
+    *hidden, output = layers
+    if dropout == 0:
         return [*hidden, output]
     if not hidden:
-        return [Dropout(tower.dropout), output]
-    return [module for dense in hidden for module in (dense, Dropout(tower.dropout))] + [output]
+        return [Dropout(dropout), output]
+    return [module for dense in hidden for module in (dense, Dropout(dropout))] + [output]
 
 
 def _check_tower(name: str, tower: object) -> None:
@@ -158,6 +184,15 @@ def _check_document_bias(document_bias: bool, similarity: str) -> None:
         raise ValueError(
             'document_bias=True needs similarity="dot": a cosine has no room for a score of the document\'s own.'
         )
+
+
+def _check_texts(texts: object) -> None:
+    if texts is None:
+        return
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
+        raise ValueError(f"texts={texts!r:.100} must be a list of texts, such as a sample of the documents.")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError('texts must be strings alone; of documents with side features give their "text".')
 
 
 def _check_prompts(prompts: object) -> None:

@@ -1,5 +1,6 @@
 """What the stock trainer is given beside the loss: callbacks, checkpoints, collators, warnings."""
 
+from st_fpsloss.training.alignment import align_towers
 from st_fpsloss.training.callbacks import LossStateCallback
 from st_fpsloss.training.checkpoints import last_complete_checkpoint
 from st_fpsloss.training.collator import DeduplicatingCollator
@@ -9,5 +10,6 @@ __all__ = [
     "DeduplicatingCollator",
     "LossStateCallback",
     "PrefixCollator",
+    "align_towers",
     "last_complete_checkpoint",
 ]

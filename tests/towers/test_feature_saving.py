@@ -71,7 +71,7 @@ def test_sharing_what_does_not_fit_is_refused(shared_with: str, dim: int, messag
     query, document = features()
     history = History("seen", dim=dim, shared_with=shared_with)
     with pytest.raises(ValueError, match=message):
-        two_tower(Tower(features=[history, query[2]]), Tower(features=document))
+        two_tower(Tower(features=[history, query[2]]), Tower(features=document), embedding_dim=8)
 
 
 # Saving and loading

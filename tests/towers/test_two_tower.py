@@ -167,7 +167,9 @@ def test_layers_are_cut_in_many_layouts_and_stay_so_after_loading(layout: str, t
 
 @pytest.mark.parametrize("max_seq_length", [None, 10])
 def test_max_seq_length_survives_saving(minilm: str, tmp_path: Path, max_seq_length: int | None) -> None:
-    model = two_tower(Tower(minilm, num_hidden_layers=1, max_seq_length=max_seq_length), Tower(id_embedding(IDS, 8)))
+    model = two_tower(
+        Tower(minilm, num_hidden_layers=1, max_seq_length=max_seq_length), Tower(id_embedding(IDS, 8)), embedding_dim=8
+    )
     again = reloaded(model, tmp_path)
     # MiniLM's own limit is 256, kept in its sentence-transformers configuration.
     assert route(model, "query")[0].max_seq_length == route(again, "query")[0].max_seq_length == (max_seq_length or 256)
