@@ -29,7 +29,7 @@ from sentence_transformers import SentenceTransformer
 print(SentenceTransformer("runs/shop/model").encode_query("red shoes").shape)
 """
     loaded = subprocess.run([sys.executable, "-c", load], cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert loaded.stdout.strip() == "(256,)"
+    assert loaded.stdout.strip() == "(384,)"
 
 
 @pytest.fixture(scope="module")

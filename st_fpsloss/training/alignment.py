@@ -98,6 +98,7 @@ def align_towers(
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
+            dataloader_pin_memory=False,
             seed=seed,
         )
         SentenceTransformerTrainer(
@@ -165,7 +166,7 @@ class AgreementEvaluator(BaseEvaluator):
         cosine = (found * self.targets).sum(dim=1).mean()
         self.last = {"cosine": float(cosine), f"neighbours@{_NEIGHBOURS}": float(shared)}
         logger.info("Agreement of the query tower after step %d: %s.", max(0, steps), _in_words(self.last))
-        return self.last
+        return dict(self.last)  # the trainer prefixes the names in what it is given
 
 
 def _nearest(similarity: Tensor) -> Tensor:
@@ -217,7 +218,8 @@ def _targets(model: SentenceTransformer, texts: list[str], teacher: SentenceTran
         return teacher.encode_query(texts, **arguments).float().cpu()
     targets = model.encode_document(texts, prompt=model.prompts.get("query") or "", **arguments).float().cpu()
     if any(isinstance(module, BiasDimension) for module in model):
-        targets[:, -1] = 1  # a query has a 1 where a document has its score
+        # A query has a 1 where a document has its score.
+        targets = torch.cat([targets[:, :-1], torch.ones(len(targets), 1)], dim=1)
     return targets
 
 

@@ -115,7 +115,13 @@ def columns(num_rows: int = CLICKS) -> dict[str, list[dict]]:
     }
 
 
-def train(model: SentenceTransformer, data: Dataset, folder: Path, checkpoint: str | None = None) -> None:
+def train(
+    model: SentenceTransformer,
+    data: Dataset,
+    folder: Path,
+    checkpoint: str | None = None,
+    learning_rate_mapping: dict[str, float] | None = None,
+) -> None:
     """Three steps of the stock trainer, or the rest of them from a checkpoint."""
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -123,7 +129,7 @@ def train(model: SentenceTransformer, data: Dataset, folder: Path, checkpoint: s
         save_steps=2,
         per_device_train_batch_size=6,
         learning_rate=1e-2,
-        learning_rate_mapping={r"\.encoders\.": 5e-2},
+        learning_rate_mapping=learning_rate_mapping or {r"\.encoders\.": 5e-2},
         router_mapping={"query": "query", "document": "document", "negative": "document"},
         report_to="none",
         disable_tqdm=True,
