@@ -82,7 +82,7 @@ def load_encoder(tower: Tower) -> Encoder:
     if tower.frozen:
         for part in modules:
             _freeze(part)
-    return Encoder(modules, pretrained=following is not None or _remembers_a_name(module))
+    return Encoder(modules, pretrained=following is not None or remembers_a_name(module))
 
 
 def _following_modules(module: InputModule, following: list[Module] | None, pooling: str | None) -> list[Module]:
@@ -94,7 +94,7 @@ def _following_modules(module: InputModule, following: list[Module] | None, pool
     return [Pooling(module.get_embedding_dimension(), pooling_mode=pooling or "mean")]
 
 
-def _remembers_a_name(module: InputModule) -> bool:
+def remembers_a_name(module: InputModule) -> bool:
     """Whether a ready module was loaded from somewhere; the modules of ``towers.from_scratch`` were not."""
     if isinstance(module, StaticEmbedding):
         return module.base_model is not None
