@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from docstrings import docstrings_of_functions
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.losses import (
@@ -35,7 +36,6 @@ from transformers import TrainerCallback, set_seed
 from st_fpsloss import FPSLoss, LossStateCallback, RetrievalEvaluator, Tower, align_towers, two_tower
 from st_fpsloss.towers.lora import add_lora
 from st_fpsloss.utils.files import append_json_line, json_lines, write_whole
-from training_scripts.docstrings import docstrings_of_functions
 
 NUM_CLICKS = 3000
 NUM_DOCUMENTS, NUM_QUERIES = 1200, 250  # that are ranked, and of each of validation and test
