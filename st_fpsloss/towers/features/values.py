@@ -92,5 +92,33 @@ def check_keys(row: Mapping[str, Any], known: Collection[str]) -> None:
             )
 
 
+def input_row(item: Any, known: Collection[str]) -> Mapping[str, Any]:
+    """Returns an input as a mapping of ``known`` names, ``"text"`` among them in a tower that reads text.
+
+    Raises:
+        ValueError: It is neither a text for such a tower nor a dict, or has a key that is not known.
+    """
+    if isinstance(item, Mapping):
+        check_keys(item, known)
+        return item
+    if isinstance(item, str) and "text" in known:
+        return {"text": item}
+    kinds = "a string or a dict" if "text" in known else "a dict"
+    raise ValueError(f"The input {item!r:.100} is a {type(item).__name__}: give {kinds} with some of {list(known)}.")
+
+
+def input_text(text: Any) -> str:
+    """Returns the text of an input, an empty one where it is missing.
+
+    Raises:
+        ValueError: It is no string.
+    """
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(f"'text' got {text!r:.100} (a {type(text).__name__}): give a string, or None.")
+    return text
+
+
 def _wrong(name: str, value: Any, need: str) -> ValueError:
     return ValueError(f"{name!r} got {reprlib.repr(value)} (a {type(value).__name__}): {need}.")

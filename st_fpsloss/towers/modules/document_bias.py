@@ -60,7 +60,7 @@ class BiasDimension(PackageModule):
         """Replaces ``sentence_embedding`` (N, embedding_dim) by (N, embedding_dim + 1)."""
         embedding = features["sentence_embedding"]
         bias = features.get("document_bias")
-        last = embedding.new_ones(len(embedding), 1) if bias is None else bias.to(embedding.dtype)
+        last = torch.ones_like(embedding[:, :1]) if bias is None else bias.to(embedding.dtype)
         features["sentence_embedding"] = torch.cat([embedding, last], dim=1)
         return features
 

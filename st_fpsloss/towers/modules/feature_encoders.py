@@ -119,8 +119,10 @@ class SequenceEncoder(IdEncoder):
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the state (N, dim) at the newest of ids (N, width), at a missing id where there is none."""
         lengths = (ids != MISSING_ID).sum(dim=1).clamp_min(1)
-        states = self.states(ids[:, : int(lengths.max())])
-        return states[torch.arange(len(ids), device=ids.device), lengths - 1]
+        # An exported graph is given no wider ids than its longest, and could not cut them.
+        width = ids.shape[1] if torch.compiler.is_exporting() else int(lengths.max())
+        states = self.states(ids[:, :width])
+        return states[torch.arange(ids.shape[0], device=ids.device), lengths - 1]
 
     def prefixes(self, ids: Tensor) -> Tensor:
         """Returns what :meth:`forward` gives for every prefix of ids (N, width), those of the first row first."""

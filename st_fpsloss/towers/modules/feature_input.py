@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from st_fpsloss.encoding.prefixes import PREFIXES
 from st_fpsloss.towers.features.ids import MISSING_ID
 from st_fpsloss.towers.features.kinds import Categorical, Feature, History, checked_features, feature_from_dict
-from st_fpsloss.towers.features.values import check_keys
+from st_fpsloss.towers.features.values import input_row, input_text
 from st_fpsloss.towers.modules.base import PackageModule
 from st_fpsloss.towers.modules.feature_encoders import SequenceEncoder, encoder_of
 
@@ -79,26 +79,11 @@ class FeatureInput(PackageModule, InputModule):
         }
         if self.text_encoder is None:
             return {"modality": "text", **self._lengths(tensors, len(rows)), **tensors}
-        texts = [self._text(row.get("text")) for row in rows]
+        texts = [input_text(row.get("text")) for row in rows]
         return {"modality": "text", **self.text_encoder.preprocess(texts, prompt=prompt, **kwargs), **tensors}
 
     def _row(self, item: Any) -> Mapping[str, Any]:
-        known = [*(["text"] if self._reads_text else []), *(feature.name for feature in self.features)]
-        if isinstance(item, Mapping):
-            check_keys(item, known)
-            return item
-        if isinstance(item, str) and self._reads_text:
-            return {"text": item}
-        kinds = "a string or a dict" if self._reads_text else "a dict"
-        raise ValueError(f"The input {item!r:.100} is a {type(item).__name__}: give {kinds} with some of {known}.")
-
-    @staticmethod
-    def _text(text: Any) -> str:
-        if text is None:
-            return ""
-        if not isinstance(text, str):
-            raise ValueError(f"'text' got {text!r:.100} (a {type(text).__name__}): give a string, or None.")
-        return text
+        return input_row(item, [*(["text"] if self._reads_text else []), *(feature.name for feature in self.features)])
 
     def _lengths(self, tensors: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
         """Places of the longest history as if they were tokens.
