@@ -28,6 +28,7 @@ from st_fpsloss.negatives.sampled import resample
 from st_fpsloss.towers import freeze_unused_parameters
 from st_fpsloss.training.checkpoints import files_of
 from st_fpsloss.training.diagnostics import LossDiagnostics
+from st_fpsloss.training.encoder_check import EncoderCheck
 from st_fpsloss.training.setting_checks import check_inputs, prompt_warnings
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
             raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm!r}.")
         self._max_grad_norm = max_grad_norm
         self._last_gradient: dict[str, float] = {}
+        self._encoder_check = EncoderCheck()
         self._forget_figures()
         self._folder: Path | None = None  # where a checkpoint of this step is saved
 
@@ -141,6 +143,9 @@ class LossStateCallback(TrainerCallback, ExportableState):
             for name, loss in self._losses.items():
                 _warn(name, loss.setting_warnings(model))
             _warn("", prompt_warnings(args))
+            if state.global_step == 0:
+                log = getattr(kwargs.get("train_dataloader"), "dataset", None)
+                _warn("", self._encoder_check.before(model, log))
         if state.global_step == 0:
             return
         stored = state.stateful_callbacks.get(type(self).__name__)
@@ -234,6 +239,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
                 means = self._diagnostics[name].means() or self._early[name].means()
                 logger.info("%s%s", f"{name}: " if name else "", loss.summary(means))
                 _warn(name, loss.training_warnings(means))
+            _warn("", self._encoder_check.after(kwargs.get("model")))
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
