@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from st_fpsloss.data.inputs import is_positive
 from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
 from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.losses.arguments import CacheGradients
 
 LossName = Literal["fps", "pair_ce", "triplet", "sampled_softmax", "sigmoid"]
 _LOSSES: Mapping[str, type[ClickLoss]] = {
@@ -55,7 +56,8 @@ class LossArguments:
         metadata={
             "nargs": "?",
             "const": "true",
-            "help": "memory that does not grow with the batch; a number, as 16384, keeps the graphs of so many tokens",
+            "help": "memory that does not grow with the batch: auto, the default, keeps the graphs that fit, true as "
+            "few as possible, false all, a number, as 16384, those of so many tokens",
         },
     )
     gather_across_devices: bool = field(default=False, metadata={"help": "negatives from all processes"})
@@ -117,9 +119,13 @@ def make_loss(
     return kind(model, **settings)
 
 
-def _flag_or_number(word: str) -> bool | int:
+def _flag_or_number(word: str) -> CacheGradients:
+    if word.lower() == "auto":
+        return "auto"
     if word.lower() in ("true", "false"):
         return word.lower() == "true"
     if word.isdecimal():
         return int(word)
-    raise ValueError(f"--cache_gradients {word}: leave out the value, or give true, false or a whole number of tokens.")
+    raise ValueError(
+        f"--cache_gradients {word}: leave out the value, or give auto, true, false or a whole number of tokens."
+    )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from st_fpsloss.encoding.memory import GraphBudget
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.rows import Features, TokenizedRows
 
@@ -24,7 +25,8 @@ Encoder = Callable[[Features], Features]
 def encode(model: Encoder, plan: BatchPlan) -> Tensor:
     """Embeddings (N, dim) of a plan, with the graph of all of them if gradients are on."""
     with _no_sync(model):
-        embeddings = torch.cat([_embed(model, rows) for rows in plan.mini_batches])
+        parts = {number: _embed(model, plan.mini_batches[number]) for number in plan.order}
+        embeddings = torch.cat([parts[number] for number in sorted(parts)])
     return _as_ddp_outputs(model, [embeddings])[0]
 
 
@@ -34,42 +36,49 @@ class CachedEncoding:
     Args:
         model: the encoders; wrapped in DistributedDataParallel or not.
         plan: what to encode.
-        kept_num_tokens: mini-batches up to this many tokens, and the first of each tower in any case, keep their graph
-            and are not embedded a second time.
+        budget: mini-batches within this budget, and the first of each tower in any case, keep their graph and are not
+            embedded a second time.
 
     Example::
 
-        encoding = CachedEncoding(model, plan, kept_num_tokens=2048)
+        encoding = CachedEncoding(model, plan, TokenBudget(2048))
         loss = objective(encoding.embeddings)        # any scalar of the leaf that leaves its gradient in .grad
         loss = encoding.attach(loss)                       # loss.backward() now reaches the encoders
     """
 
-    def __init__(self, model: Encoder, plan: BatchPlan, kept_num_tokens: int) -> None:
+    def __init__(self, model: nn.Module, plan: BatchPlan, budget: GraphBudget) -> None:
         self._model = model
         self._plan = plan
         self._autocast = _AutocastState(plan.index.device.type)
         self._kept: dict[int, Tensor] = {}  # number of the mini-batch -> embeddings with their graph
         self._to_replay: dict[int, RandContext] = {}
-        parts: list[Tensor] = []
+        parts: dict[int, Tensor] = {}
         learns: dict[int, bool] = {}  # route -> whether its tower has anything to learn; its first mini-batch tells
-        firsts = {plan.route_of.index(route) for route in plan.route_of}
-        to_spare = kept_num_tokens - sum(_num_tokens(plan.mini_batches[number]) for number in firsts)
-        for number, (rows, route) in enumerate(zip(plan.mini_batches, plan.route_of, strict=True)):
-            size = 0 if number in firsts else _num_tokens(rows)
-            with_graph = number in firsts or (learns[route] and size <= to_spare)
+        total = to_spare = budget.total(model, plan.index.device)
+        for number in plan.order:
+            rows, route = plan.mini_batches[number], plan.route_of[number]
+            size, is_first = _num_tokens(rows), route not in learns
+            with_graph = is_first or (learns[route] and budget.cost(route, size) <= to_spare)
             random_state = RandContext(*rows.tensors.values())
             # Autocast caches a cast weight with or without its graph, whichever comes first: no pass without one may.
-            with _no_sync(model), torch.set_grad_enabled(with_graph), self._autocast.restored(cache=with_graph):
+            with (
+                _no_sync(model),
+                torch.set_grad_enabled(with_graph),
+                self._autocast.restored(cache=with_graph),
+                budget.measured(model, route, size) if is_first else nullcontext(),
+            ):
                 embedded = _embed(model, rows)
             learns.setdefault(route, embedded.requires_grad)
             if embedded.requires_grad:
                 self._kept[number] = embedded
-                to_spare -= size
+                to_spare -= budget.cost(route, size)
             elif learns[route]:
                 self._to_replay[number] = random_state
-            parts.append(embedded.detach())
-        self._sizes = [len(part) for part in parts]
-        self.embeddings = torch.cat(parts).requires_grad_(any(learns.values()))
+            parts[number] = embedded.detach()
+        budget.log(len(self._kept), len(self._kept) + len(self._to_replay), total - to_spare)
+        ordered = [parts[number] for number in sorted(parts)]
+        self._sizes = [len(part) for part in ordered]
+        self.embeddings = torch.cat(ordered).requires_grad_(any(learns.values()))
 
     def attach(self, loss: Tensor) -> Tensor:
         """The same loss, whose backward pass also sends the leaf's gradient through the encoders.

@@ -40,6 +40,12 @@ class BatchPlan:
     index: Tensor
     fingerprints: Tensor
 
+    @property
+    def order(self) -> list[int]:
+        """Numbers of the mini-batches in the order in which they are encoded: first the longest rows of each tower."""
+        firsts = [self.route_of.index(route) for route in dict.fromkeys(self.route_of)]
+        return firsts + [number for number in range(len(self.mini_batches)) if number not in firsts]
+
     @classmethod
     def from_columns(
         cls, parts: Sequence[TokenizedRows], needed: Sequence[Tensor | None], mini_batch_num_tokens: int

@@ -16,6 +16,7 @@ from st_fpsloss.batch.clicks import Duplicates, LogQ, Relevance
 from st_fpsloss.frequencies.table import Frequencies
 
 Similarity = Literal["dot", "cosine"]
+CacheGradients = Literal["auto"] | bool | int
 Pairs = Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]]
 
 
@@ -26,7 +27,7 @@ class EncodingArguments(TypedDict, total=False):
     relevance: Relevance
     similarity: Similarity | None
     mini_batch_num_tokens: int | None
-    cache_gradients: bool | int
+    cache_gradients: CacheGradients
     gather_across_devices: bool
 
 
@@ -92,11 +93,12 @@ ARGUMENTS: dict[str, str] = {
     "similarity": """``"dot"`` or ``"cosine"``; None takes the model's ``similarity_fn_name``. With cosine the loss
         normalises the embeddings itself.""",
     "mini_batch_num_tokens": """padded tokens encoded at a time; None for 2048 on a CPU and 32768 on an accelerator.""",
-    "cache_gradients": """embed mini-batches without a graph first and once more in the backward pass, so that memory
-        does not grow with the batch (GradCache), with the same gradients. True keeps the graphs of about one mini-batch
-        a tower; a whole number as 16384 those of mini-batches of so many tokens in all, padding included, so that only
-        the others are embedded twice. A kept token takes 0.3 MiB in MiniLM (6 layers, with dropout), so that 16384 take
-        5 GiB; in other encoders about in proportion to layers times width.""",
+    "cache_gradients": """which mini-batches are embedded without a graph first and once more in the backward pass, so
+        that memory does not grow with the batch (GradCache), with the same gradients. ``"auto"``: those whose graphs do
+        not fit into the memory that is free at the first step; what was chosen is logged. True: all but about one a
+        tower. A whole number as 16384: all but mini-batches of so many tokens in all, padding included. False: none. A
+        kept token takes .2 to .3 MiB in MiniLM (6 layers, with dropout), in other encoders about in proportion to
+        layers times width.""",
     "gather_across_devices": "with several processes, let the documents of all of them be negatives of each query.",
 }
 """What each argument means, in the order of signatures; empty where only one loss has it, or each its own meaning."""

@@ -19,10 +19,11 @@ from st_fpsloss.batch.distributed import Exchange, gather_clicks, world_size
 from st_fpsloss.batch.encoded import EncodedClicks, unique_by_id
 from st_fpsloss.batch.known_positives import KnownPositives
 from st_fpsloss.encoding.gradient_cache import CachedEncoding, encode
+from st_fpsloss.encoding.memory import GraphBudget, MemoryBudget, TokenBudget
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.prefixes import rows_of_column
 from st_fpsloss.encoding.rows import Features, TokenizedRows, routes_by_task
-from st_fpsloss.losses.arguments import Pairs, Similarity, complete
+from st_fpsloss.losses.arguments import CacheGradients, Pairs, Similarity, complete
 from st_fpsloss.losses.checks import (
     check_cache_gradients,
     check_choice,
@@ -67,7 +68,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         known_positives: Pairs | None = None,
         similarity: Similarity | None = None,
         mini_batch_num_tokens: int | None = None,
-        cache_gradients: bool | int = False,
+        cache_gradients: CacheGradients = "auto",
         gather_across_devices: bool = False,
     ) -> None:
         similarity = similarity_of(model, similarity)
@@ -89,6 +90,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         check_cache_gradients(cache_gradients)
         self.cache_gradients = cache_gradients
         self.uses_gradient_cache = cache_gradients is not False  # MatryoshkaLoss asks
+        self._memory_budget = MemoryBudget()
         self.gather_across_devices = gather_across_devices
         self.has_state_callback = False  # LossStateCallback sets it
         self.last_batch = None  # and looks at this, now and then
@@ -146,9 +148,8 @@ class ClickLoss(DiagnosedLoss, ABC):
         if self._gathers:
             clicks = clicks.gathered()
         clicks = replace(clicks, batch=self.add_corrections(clicks.batch))
-        if self.cache_gradients and torch.is_grad_enabled():
-            kept_num_tokens = num_tokens if self.cache_gradients is True else self.cache_gradients
-            encoding = CachedEncoding(self.model, plan, kept_num_tokens)
+        if self.uses_gradient_cache and torch.is_grad_enabled():
+            encoding = CachedEncoding(self.model, plan, self._graph_budget(num_tokens))
             return encoding.attach(self.calculate_loss([[encoding.embeddings]], clicks, with_backward=True))
         return self.calculate_loss([[encode(self.model, plan)]], clicks)
 
@@ -240,6 +241,11 @@ class ClickLoss(DiagnosedLoss, ABC):
             "cache_gradients": self.cache_gradients,
             "gather_across_devices": self.gather_across_devices,
         }
+
+    def _graph_budget(self, mini_batch_num_tokens: int) -> GraphBudget:
+        if self.cache_gradients == "auto":
+            return self._memory_budget
+        return TokenBudget(mini_batch_num_tokens if self.cache_gradients is True else self.cache_gradients)
 
     def _num_tokens(self, device: torch.device) -> int:
         default = _NUM_TOKENS_CPU if device.type == "cpu" else _NUM_TOKENS_ACCELERATOR

@@ -28,12 +28,12 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_cache_gradients(value: bool | int) -> None:
-    """Raise a ValueError unless ``value`` is True, False, or a number of tokens."""
-    if not isinstance(value, int) or (value < 1 and value is not False):
+def check_cache_gradients(value: object) -> None:
+    """Raise a ValueError unless ``value`` is "auto", True, False, or a number of tokens."""
+    if value != "auto" and (not isinstance(value, int) or (value < 1 and value is not False)):
         raise ValueError(
-            "`cache_gradients` must be True, False, or the number of tokens whose graphs may be kept, a whole number "
-            f"from 1, got {value!r}. False keeps all graphs, True as few as possible."
+            "`cache_gradients` must be 'auto', True, False, or the number of tokens whose graphs may be kept, a whole "
+            f"number from 1, got {value!r}. 'auto' keeps the graphs that fit, False all, True as few as possible."
         )
 
 

@@ -26,16 +26,17 @@ def loss_of(model: SentenceTransformer, *words: str) -> ClickLoss:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ((), False),
+        ((), "auto"),
         (("--cache_gradients",), True),
         (("--cache_gradients", "True"), True),
         (("--cache_gradients", "false"), False),
         (("--cache_gradients", "16384"), 16384),
+        (("--cache_gradients", "auto"), "auto"),
         (("--cache_gradients", "--scale", "5"), True),
     ],
 )
 def test_cache_gradients_is_a_flag_or_a_number_of_tokens(
-    model: SentenceTransformer, words: tuple[str, ...], expected: bool | int
+    model: SentenceTransformer, words: tuple[str, ...], expected: bool | int | str
 ) -> None:
     found = loss_of(model, *words).cache_gradients
     assert found == expected and type(found) is type(expected)

@@ -11,6 +11,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.encoding.gradient_cache import CachedEncoding
+from st_fpsloss.encoding.memory import TokenBudget
 from st_fpsloss.encoding.plan import BatchPlan, _sorted_mini_batches
 from st_fpsloss.encoding.rows import TokenizedRows
 from tests.losses import reference
@@ -46,6 +47,7 @@ def assert_close(ours: torch.Tensor, plain: torch.Tensor) -> None:
 
 MODES = [
     dict(cache_gradients=False),
+    dict(cache_gradients="auto", mini_batch_num_tokens=40),
     dict(cache_gradients=True),
     dict(cache_gradients=True, mini_batch_num_tokens=40),
     dict(cache_gradients=120, mini_batch_num_tokens=40),
@@ -318,9 +320,9 @@ def test_bags_of_tokens_take_a_token_a_row_of_the_budget():
     assert len(calls) == 3  # each document in a mini-batch of its own, none of them twice
 
 
-@pytest.mark.parametrize("value", [0, -5, 1.5, "auto", None])
+@pytest.mark.parametrize("value", [0, -5, 1.5, "always", None])
 def test_a_budget_that_is_no_number_of_tokens_is_refused(value):
-    with pytest.raises(ValueError, match=f"`cache_gradients` must be True, False, or .* got {value!r}"):
+    with pytest.raises(ValueError, match=f"`cache_gradients` must be 'auto', True, False, or .* got {value!r}"):
         FPSLoss(small_model(), cache_gradients=value)
 
 
@@ -328,6 +330,6 @@ def test_cached_encoding_of_frozen_towers_is_a_constant():
     model = copy.deepcopy(small_model()).requires_grad_(False)
     features, _ = clicks(model, 4)
     plan = BatchPlan.from_columns([TokenizedRows.from_features(column) for column in features()], [None, None], 1000)
-    encoding = CachedEncoding(model, plan, kept_num_tokens=1000)
+    encoding = CachedEncoding(model, plan, TokenBudget(1000))
     loss = encoding.embeddings.sum()
     assert encoding.attach(loss) is loss
