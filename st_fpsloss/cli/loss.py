@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer
 
 from st_fpsloss.data.inputs import is_positive
 from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
-from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.arguments import CacheGradients
+from st_fpsloss.losses.base import ClickLoss
 
 LossName = Literal["fps", "pair_ce", "triplet", "sampled_softmax", "sigmoid"]
 _LOSSES: Mapping[str, type[ClickLoss]] = {

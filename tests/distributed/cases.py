@@ -35,11 +35,12 @@ LOSSES: dict[str, tuple[type[ClickLoss], dict[str, Any]]] = {
     "sigmoid": (SigmoidLoss, {"bias": -1.0}),
 }
 MODES: dict[str, dict[str, Any]] = {
-    "kept": {},
+    "kept": {"cache_gradients": False},
+    "as memory allows": {},
     "cached": {"cache_gradients": True},
     "cached, several mini-batches": {"cache_gradients": True, "mini_batch_num_tokens": 40},
     "cached within a budget": {"cache_gradients": 120, "mini_batch_num_tokens": 40},
-    "kept, several mini-batches": {"mini_batch_num_tokens": 40},
+    "kept, several mini-batches": {"cache_gradients": False, "mini_batch_num_tokens": 40},
 }
 DIRECTIONS = [("query_to_doc",), ("doc_to_query",), ("query_to_doc", "doc_to_query")]
 LABELS = ["none", "graded", "a rank without positives"]

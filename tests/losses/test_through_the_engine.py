@@ -16,6 +16,7 @@ from tests.training.runs import trainer
 
 LABELS = torch.tensor([1.0, 0.0, 2.0, 1.0, -1.0, 1.0, 0.5, 0.0, 1.0])
 MODES = [
+    dict(cache_gradients=False),
     dict(),
     dict(cache_gradients=True),
     dict(cache_gradients=True, mini_batch_num_tokens=40),
