@@ -11,9 +11,9 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 
 from st_fpsloss.encoding.prefixes import PREFIXES
 from st_fpsloss.encoding.rows import TokenizedRows, routes_by_task
+from st_fpsloss.model_card import input_modules
 from st_fpsloss.towers.features.ids import History
 from st_fpsloss.towers.features.values import categories, category
-from st_fpsloss.towers.model_card import input_modules
 from st_fpsloss.towers.modules.feature_input import FeatureInput
 
 

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Module
 from torch import Tensor
 
-from st_fpsloss.towers.model_card import use_two_tower_card
+from st_fpsloss.model_card import use_two_tower_card
 from st_fpsloss.utils.files import write_whole
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.base.model_card import BaseModelCardData
 
+from st_fpsloss import FPSLoss
+from st_fpsloss.model_card import record_training
 from st_fpsloss.towers import Tower, id_embedding, two_tower
 from tests.towers.conftest import IDS, columns, featured_model, features, train, words
 
@@ -65,8 +67,11 @@ def test_the_card_says_what_to_install_and_what_an_input_may_hold(tmp_path: Path
     assert '"i17"' not in card  # no vocabulary, however the model is printed
 
 
-def test_a_trained_model_shows_inputs_of_its_data(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_trained_model_shows_inputs_of_its_data_if_it_is_asked_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     model = featured_model()
+    model.model_card_data.show_training_rows = True
     data = columns()
     data["query"][0] = {"seen": [f"i{n}" for n in range(20)], "age": 77, "job": None}
     train(model, Dataset.from_dict(data), tmp_path / "out")
@@ -104,3 +109,35 @@ def test_a_text_model_keeps_the_stock_card() -> None:
     model = two_tower(Tower(words()), Tower(words()))
     assert type(model.model_card_data) is SentenceTransformerModelCardData
     assert isinstance(featured_model().model_card_data, BaseModelCardData)
+
+
+def test_no_training_row_is_shown_unless_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = featured_model()
+    data = columns()
+    data["query"][0] = {"seen": ["i3"], "age": 77, "job": "nurse"}
+    data["document"][1] = {"text": "zebra crossing"}
+    train(model, Dataset.from_dict(data), tmp_path / "out")
+    card = card_of(model, tmp_path / "model")
+    assert "zebra" not in card and "77" not in snippet(card)
+    check_runs(card, tmp_path / "model", capsys)
+
+
+@pytest.mark.parametrize("kind", ["features", "text"])
+def test_the_card_of_a_trained_model_has_its_towers_loss_clicks_and_pictures(tmp_path: Path, kind: str) -> None:
+    model = featured_model() if kind == "features" else two_tower(Tower(words()), Tower(words()), embedding_dim=8)
+    data = Dataset.from_dict(columns() if kind == "features" else {"query": IDS, "document": IDS[::-1]})
+    loss = FPSLoss(model)
+    record_training(model, {"": loss}, data)
+    model.model_card_data.training_logs = [
+        {"Step": step, "Epoch": 1.0, "Training Loss": 1 / step} for step in (1, 2, 3)
+    ]
+    card = card_of(model, tmp_path)
+    assert "| query tower |" in card and "MLP" in card
+    assert f"`FPSLoss`, α = {round(loss.alpha, 4)} at the end (learned)" in card
+    assert f"| rows | {len(data)} |" in card
+    assert ("trust_remote_code=True" in card) == (kind == "features")
+    for wrong in ("paraphrase", "Semantic Textual", "Supported Modality"):
+        assert wrong not in card
+    for name in ("learning_curve.png", "softmax.png"):
+        assert f'src="assets/{name}"' in card and (tmp_path / "assets" / name).stat().st_size > 1000
+    assert model.model_card_data.softmax.sum(axis=1) == pytest.approx(1, abs=1e-5)
