@@ -57,7 +57,7 @@ class CachedEncoding:
         total = to_spare = budget.total(model, plan.index.device)
         for number in plan.order:
             rows, route = plan.mini_batches[number], plan.route_of[number]
-            size, is_first = _num_tokens(rows), route not in learns
+            size, is_first = rows.num_tokens, route not in learns
             with_graph = is_first or (learns[route] and budget.cost(route, size) <= to_spare)
             random_state = RandContext(*rows.tensors.values())
             # Autocast caches a cast weight with or without its graph, whichever comes first: no pass without one may.
@@ -182,8 +182,3 @@ def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
 
 def _embed(model: Encoder, rows: TokenizedRows) -> Tensor:
     return model(rows.features())["sentence_embedding"]
-
-
-def _num_tokens(rows: TokenizedRows) -> int:
-    """Tokens, padding included, that have activations; a bag of tokens has those of one."""
-    return len(rows) * (1 if rows.bag else max(1, int(rows.lengths.max())))

@@ -129,23 +129,23 @@ def _positions(needed: Tensor | None, num_rows: int, device: torch.device) -> Te
 
 def _mini_batches(rows: TokenizedRows, distinct: Tensor, num_tokens: int) -> list[Tensor]:
     """Positions among the ``distinct`` rows of a tower, cut into mini-batches; none where there are no rows."""
-    if rows.bag and len(distinct):
+    if rows.layout == "bag" and len(distinct):
         # A bag of tokens has neither padding nor activations, and the gradient of each call is a whole table.
         return [torch.arange(len(distinct), device=distinct.device)]
-    return _sorted_mini_batches(rows.lengths[distinct], num_tokens)
+    return _sorted_mini_batches(rows.lengths[distinct], num_tokens, padded=rows.layout == "padded")
 
 
-def _sorted_mini_batches(lengths: Tensor, num_tokens: int) -> list[Tensor]:
+def _sorted_mini_batches(lengths: Tensor, num_tokens: int, padded: bool = True) -> list[Tensor]:
     """Cut rows, longest first (the most memory comes first), into mini-batches of at most ``num_tokens``."""
     order = torch.argsort(lengths, descending=True, stable=True)
     widths = lengths[order].clamp_min(1).tolist()
     cuts: list[int] = []
     begin, filled = 0, 0
     for end, length in enumerate(widths):
-        padded = widths[begin] * (end + 1 - begin)
-        wasteful = padded - filled - length > _MAX_PADDING * padded
-        worth_a_call = padded - widths[begin] >= _MIN_FILL * num_tokens
-        if end > begin and (padded > num_tokens or (wasteful and worth_a_call)):
+        size = widths[begin] * (end + 1 - begin) if padded else filled + length
+        wasteful = size - filled - length > _MAX_PADDING * size
+        worth_a_call = size - widths[begin] >= _MIN_FILL * num_tokens
+        if end > begin and (size > num_tokens or (wasteful and worth_a_call)):
             cuts.append(end)
             begin, filled = end, 0
         filled += length

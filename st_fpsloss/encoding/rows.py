@@ -1,7 +1,7 @@
 """Tokenized rows of one tower: which are equal, how long they are, and the features of any selection of them.
 
-The trainer hands a loss one dictionary of tensors a column, padded to the column's longest row (or, for a
-StaticEmbedding, one flat run of token ids with offsets). :class:`TokenizedRows` stacks the columns that go through the
+The trainer hands a loss one dictionary of tensors a column, padded to the column's longest row (or in one of the flat
+forms of :mod:`st_fpsloss.encoding.flat`). :class:`TokenizedRows` stacks the columns that go through the
 same tower and gives every row a fingerprint of its content alone, whatever the padding or the batch around it.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -21,7 +21,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.autonotebook import tqdm
 
-Features = dict[str, Any]
+from st_fpsloss.encoding.flat import Features, cut_bags, cut_packed, join_bags, join_packed
+
+Layout = Literal["padded", "bag", "packed"]
+_CUT: dict[Layout, Callable[[Features], Features]] = {"padded": dict, "bag": cut_bags, "packed": cut_packed}
+_JOIN: dict[Layout, Callable[[Features], Features]] = {"padded": dict, "bag": join_bags, "packed": join_packed}
 
 # Tensors with one entry a token. Only these are trimmed: a side feature may by chance be as wide as the text is long.
 TOKEN_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
@@ -35,39 +39,33 @@ class TokenizedRows:
         tensors: name -> (N, ...) tensor; those of ``TOKEN_TENSORS`` are (N, width).
         lengths: (N,) position after each row's last token; its first is at 0, whatever side the tokenizer pads on.
         metadata: what holds for all rows (task, modality, prompt_length): the tower they go through.
-        bag: whether the tower takes flat token ids with offsets (StaticEmbedding) instead of a padded matrix.
+        layout: how the tower takes its tokens: as a padded matrix, in a bag (StaticEmbedding), or packed one row
+            after the other (flash attention); here they are always padded on the right.
     """
 
     tensors: dict[str, Tensor]
     lengths: Tensor
     metadata: dict[str, Hashable]
-    bag: bool
+    layout: Layout
 
     @classmethod
     def from_features(cls, features: Features) -> TokenizedRows:
         """Rows of one column, as a sentence-transformers input module preprocessed it.
 
         Raises:
-            ValueError: If the features are flattened without a row axis, or hold something that is not one entry a row.
+            ValueError: If the features hold something that is not one entry a row.
         """
-        if "cu_seq_lens_q" in features:
-            raise ValueError(
-                "The inputs are flattened for flash attention (`cu_seq_lens_q`), which has no rows to deduplicate. "
-                "Set `unpad_inputs=False` on the Transformer module; mini-batches sorted by length hardly pad."
-            )
+        layout: Layout = "bag" if "offsets" in features else "packed" if "cu_seq_lens_q" in features else "padded"
+        features = _CUT[layout](features)
         tensors = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim > 0}
         metadata = {name: _metadata(name, value) for name, value in features.items() if name not in tensors}
         if "prompt_length" in tensors:  # one number for the whole column, whatever form it comes in
             metadata["prompt_length"] = int(tensors.pop("prompt_length").flatten()[0])
-        bag = "offsets" in tensors
-        if bag:
-            offsets = tensors.pop("offsets")
-            tensors["input_ids"], tensors["attention_mask"] = _unflatten(tensors["input_ids"], offsets)
         rows = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(rows.values())) != 1:
             raise ValueError(f"Every tensor of a column needs one entry a row, but their first dimensions are {rows}.")
         tensors = _without_left_padding(tensors)
-        return cls(tensors, _lengths(tensors), metadata, bag)
+        return cls(tensors, _lengths(tensors), metadata, layout)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -75,8 +73,8 @@ class TokenizedRows:
     @property
     def route(self) -> Hashable:
         """Rows of one route go through the same tower and can be stacked."""
-        layout = tuple(sorted((name, str(tensor.dtype), tensor.ndim) for name, tensor in self.tensors.items()))
-        return tuple(sorted(self.metadata.items())), self.bag, layout
+        names = tuple(sorted((name, str(tensor.dtype), tensor.ndim) for name, tensor in self.tensors.items()))
+        return tuple(sorted(self.metadata.items())), self.layout, names
 
     @staticmethod
     def stack(parts: Sequence[TokenizedRows]) -> TokenizedRows:
@@ -86,12 +84,19 @@ class TokenizedRows:
             name: torch.cat(_padded([part.tensors[name] for part in parts])) if len(parts) > 1 else tensor
             for name, tensor in first.tensors.items()
         }
-        return TokenizedRows(tensors, torch.cat([part.lengths for part in parts]), first.metadata, first.bag)
+        return TokenizedRows(tensors, torch.cat([part.lengths for part in parts]), first.metadata, first.layout)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have activations when the rows are one mini-batch; a bag of tokens has those of one."""
+        if self.layout == "padded":
+            return len(self) * max(1, int(self.lengths.max()))
+        return len(self) if self.layout == "bag" else int(self.lengths.sum())
 
     def to(self, device: torch.device) -> TokenizedRows:
         """The rows on another device."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return TokenizedRows(tensors, self.lengths.to(device), self.metadata, self.bag)
+        return TokenizedRows(tensors, self.lengths.to(device), self.metadata, self.layout)
 
     def select(self, index: Tensor) -> TokenizedRows:
         """The rows at ``index``, trimmed to the longest among them."""
@@ -101,17 +106,11 @@ class TokenizedRows:
             name: tensor[index, :width] if name in TOKEN_TENSORS and tensor.ndim > 1 else tensor[index]
             for name, tensor in self.tensors.items()
         }
-        return TokenizedRows(tensors, lengths, self.metadata, self.bag)
+        return TokenizedRows(tensors, lengths, self.metadata, self.layout)
 
     def features(self) -> Features:
         """The dictionary that the tower's modules take; fresh, since modules write into it."""
-        features: Features = {**self.metadata, **self.tensors}
-        if self.bag:
-            active = features.pop("attention_mask").bool()
-            counts = active.sum(dim=1)
-            features["input_ids"] = features["input_ids"][active]
-            features["offsets"] = counts.cumsum(0) - counts
-        return features
+        return _JOIN[self.layout]({**self.metadata, **self.tensors})
 
     def fingerprints(self) -> Tensor:
         """Identity (N,) int64 of each row: equal rows have equal fingerprints, in every batch and every process.
@@ -196,16 +195,6 @@ def _metadata(name: str, value: Any) -> Hashable:
         f"Feature {name!r} is a {type(value).__name__}, which cannot be cut into mini-batches. "
         "An input module has to return tensors with one entry a row, or one plain value for all rows."
     )
-
-
-def _unflatten(token_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Padded ids (N, width) and mask of an EmbeddingBag's flat ids (tokens,) and offsets (N,)."""
-    ends = torch.cat([offsets[1:], offsets.new_tensor([len(token_ids)])])
-    lengths = ends - offsets
-    mask = torch.arange(int(lengths.max()), device=offsets.device) < lengths[:, None]
-    ids = token_ids.new_zeros(mask.shape)
-    ids[mask] = token_ids
-    return ids, mask.to(token_ids.dtype)
 
 
 def _without_left_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -111,7 +111,6 @@ def test_features_are_fresh_for_each_forward():
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (dict(padded([[1]]), cu_seq_lens_q=torch.tensor([0, 1])), "unpad_inputs=False"),
         (padded([[1], [2]], pixels=torch.zeros(5, 3)), "one entry a row"),
         (padded([[1]], names=["a"]), "'names' is a list"),
     ],
