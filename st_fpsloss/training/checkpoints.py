@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from st_fpsloss.batch.distributed import world_size
@@ -27,7 +30,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
     Returns:
         Path for ``trainer.train(resume_from_checkpoint=...)``: of the highest step whose folder has the trainer's
-        state, which is written last, every file that :class:`LossStateCallback` saw there, and no file that is cut off.
+        state, which is written last, every file that :class:`LossStateCallback` saw there, no file that is cut off,
+        and no α that is not finite.
     """
     numbered = []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -46,25 +50,36 @@ def files_of(folder: Path) -> list[str]:
 
 
 def _is_complete(folder: Path) -> bool:
-    try:
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (folder / TRAINER_STATE_NAME).is_file():  # a pipe would be waited for
         return False
-    callback = state.get("stateful_callbacks", {}).get(STATE_NAME)
-    names = callback["attributes"].get("files", []) if callback else []
-    return all((folder / name).is_file() for name in names) and all(_is_whole(path) for path in folder.rglob("*"))
+    try:
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        callback = state.stateful_callbacks.get(STATE_NAME)
+        names = callback["attributes"].get("files", []) if callback is not None else []
+        is_whole = all((folder / name).is_file() for name in names) and all(map(_is_whole, folder.rglob("*")))
+        return is_whole and (callback is None or _is_finite(callback["attributes"]["losses"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # JSON, but of something else
+        return False
+
+
+def _is_finite(losses: dict[str, dict[str, Any]]) -> bool:
+    return all(math.isfinite(state[name]) for state in losses.values() for name in ("logit_scale", "logit_bias"))
 
 
 def _is_whole(path: Path) -> bool:
     """Whether a file that resuming reads is not cut off, as far as its format tells without reading all of it."""
+    if path.suffix not in (".json", ".safetensors", ".pt", ".pth"):
+        return True
+    if not path.is_file():
+        return path.is_dir()
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 pass
-        elif path.suffix in (".pt", ".pth"):
+        else:
             return zipfile.is_zipfile(path)
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RecursionError, SafetensorError):
         return False
     return True

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -198,7 +199,66 @@ def test_a_callback_of_another_loss_object_is_refused(tmp_path):
     training.add_callback(LossStateCallback(FPSLoss(model)))
     with pytest.raises(ValueError, match="another object than the trainer's loss"):
         training.train()
-    assert training.state.global_step == 1
+    assert training.state.global_step == 0
+
+
+@pytest.mark.parametrize("given", ["the one", "the trainer's dictionary"])
+def test_losses_of_others_in_the_dictionary_are_left_alone(tmp_path, given):
+    model = small_model()
+    losses = {"a": FPSLoss(model), "b": MultipleNegativesRankingLoss(model)}
+    training = trainer(
+        tmp_path, model=model, loss=losses, callback=False,
+        dataset={"a": click_log(16, seed=3), "b": click_log(64, seed=5)},
+        router_mapping={name: {"query": "query", "document": "document"} for name in losses}, max_steps=10,
+    )  # fmt: skip
+    training.add_callback(LossStateCallback({"a": losses["a"]} if given == "the one" else losses))
+    first = []
+    losses["b"].register_forward_hook(lambda *_: first.append("b"))
+    losses["a"].register_forward_hook(lambda *_: first.append("a"))
+    training.train()
+    assert first[0] == "b" and first.count("a") == 2
+    assert "loss/a/alpha" in training.state.log_history[0] and losses["a"].alpha != 1.0
+
+
+def test_a_loss_that_never_saw_a_batch_is_warned_of(tmp_path, caplog):
+    model = small_model()
+    loss = FPSLoss(model, learn_scale=False, learn_bias=False)
+    training = trainer(tmp_path, model=model, loss=loss, callback=False, max_steps=1)
+    other = FPSLoss(model, learn_scale=False, learn_bias=False)
+    training.add_callback(LossStateCallback({"used": loss, "unused": other}))
+    training.train()
+    assert next(r.message for r in caplog.records if "has seen no batch" in r.message).startswith("unused: This loss")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    def state_of(training):
+        entries = [entry for entry in training.state.log_history if "loss" in entry]
+        return training.state.global_step, training.state.epoch, entries, training.loss.export_state()
+
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}  # an epoch has 8
+    finished, _ = run(tmp_path, **options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    resumed, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-6"), **options)
+    assert state_of(resumed) == state_of(finished)
+    assert torch.equal(weights(resumed.model), weights(finished.model))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    longer, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-6"), **{**options, "max_steps": 7})
+    assert longer.state.global_step == 7
+
+
+def test_tensorboard_receives_alpha_and_the_figures_of_batches(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training, recorder = run(tmp_path, report_to=["tensorboard"], max_steps=3)
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss/alpha")] == pytest.approx(
+        list(recorder.alphas.values())
+    )
+    assert {"train/loss/alpha_grad", "train/loss/masked_share"} <= set(events.Tags()["scalars"])
+    training.train()  # the same trainer again: once a step, no more
+    assert len([entry for entry in training.state.log_history if "loss/alpha" in entry]) == 3
 
 
 def test_a_column_of_times_is_refused_with_the_cure(tmp_path):
@@ -245,6 +305,7 @@ def test_the_state_of_another_loss_is_refused(tmp_path):
     ("call", "message"),
     [
         (lambda: LossStateCallback(MultipleNegativesRankingLoss(small_model())), "got MultipleNegativesRankingLoss"),
+        (lambda: LossStateCallback({}), "got an empty dictionary"),
         (lambda: LossStateCallback(), "restore_callback_states_from_checkpoint"),
         (lambda: LossStateCallback(FPSLoss(small_model()), max_grad_norm=0), "`max_grad_norm`"),
     ],
@@ -308,3 +369,29 @@ def test_last_complete_checkpoint_passes_over_broken_ones(tmp_path):
             (folder / "trainer_state.json").write_text(content)
     (tmp_path / "checkpoint-final").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null", "[]", "1", '"text"', "[" * 100_000, '{"a": ' * 100_000, '{"unknown": 1}', '{"stateful_callbacks": [1]}',
+        '{"stateful_callbacks": {"LossStateCallback": [1]}}', '{"stateful_callbacks": {"LossStateCallback": {}}}',
+        '{"stateful_callbacks": {"LossStateCallback": {"attributes": {"files": [1], "losses": {}}}}}',
+        '{"stateful_callbacks": {"LossStateCallback": {"attributes": {"losses": {"": null}}}}}', b"\xff\xfe", None,
+    ],
+)  # fmt: skip
+def test_a_state_that_is_none_is_passed_over(tmp_path, content):
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    if content is None:
+        os.mkfifo(state)
+    else:
+        state.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    state.unlink()
+    state.write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    os.mkfifo(state.with_name("config.json"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")

@@ -15,7 +15,7 @@ from st_fpsloss.training.setting_checks import prompt_warnings
 from tests.losses.conftest import sentences, small_model
 from tests.training.runs import trainer
 
-LOGGERS = ("st_fpsloss.training.callbacks", "st_fpsloss.training.diagnostics")
+LOGGERS = ("st_fpsloss.training.reporting", "st_fpsloss.training.diagnostics")
 
 
 def said(caplog, tmp_path, loss, **options) -> list[str]:
