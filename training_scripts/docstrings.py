@@ -1,7 +1,7 @@
 """A log of texts that is on every machine: (name of a Python function, first sentence of its docstring).
 
-The sources are the standard library's and those of packages that this one depends on, parsed and not imported. Every
-function is a click, so names and sentences repeat as people repeat them: ``forward`` has hundreds of docstrings.
+The sources are those of the standard library and of installed packages, parsed and not imported. Every function is a
+click, so names and sentences repeat as people repeat them: ``forward`` has hundreds of docstrings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-PACKAGES = ("torch", "transformers", "datasets", "sentence_transformers", "numpy", "pandas")
+STANDARD_LIBRARY = "stdlib"
+PACKAGES = (STANDARD_LIBRARY, "torch", "transformers", "datasets", "sentence_transformers", "numpy", "pandas")
 
 
 def docstring_clicks(packages: Sequence[str] = PACKAGES) -> Dataset:
@@ -40,10 +41,12 @@ def docstrings_of_functions(packages: Sequence[str] = PACKAGES) -> Iterator[tupl
 
 
 def _sources(packages: Sequence[str]) -> list[Path]:
-    folders = [Path(sysconfig.get_paths()["stdlib"])]
+    folders: list[Path] = []
     for package in packages:
-        spec = importlib.util.find_spec(package)
-        folders += [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+        if package == STANDARD_LIBRARY:
+            folders.append(Path(sysconfig.get_paths()["stdlib"]))
+        elif spec := importlib.util.find_spec(package):
+            folders += map(Path, spec.submodule_search_locations or [])
     return sorted(
         path
         for folder in folders
