@@ -40,11 +40,10 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     train, documents = clicks["train"], dict(enumerate(dict.fromkeys(clicks["train"]["document"])))
     evaluator = clicks_evaluator(clicks["test"], documents=documents.values(), at=(1, 10))
 
-    # 2. The model mines: ranks 5 to 50, since the very first are often right and were only never clicked, and nothing
-    # that it takes for more than 5% better than the click.
+    # 2. The model mines: ranks 5 to 50, since the very first are often right and were only never clicked.
     model = SentenceTransformer(options.model)
     index = DocumentIndex.build(model, documents, Path(options.output_dir) / "index", overwrite=True)
-    mined = mine_hard_negatives(model, train, index, first_rank=5, last_rank=50, margin=-0.05)
+    mined = mine_hard_negatives(model, train, index, first_rank=5, last_rank=50)
     rows = with_negatives(mined, NUM_NEGATIVES, documents, num_hard=NUM_NEGATIVES // 2)
 
     # 3. The loss: the negative columns and the batch's documents, corrected for how often each is drawn.
