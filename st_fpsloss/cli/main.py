@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "rank the documents for held-out queries; compare models, with intervals",
     "index": "embed the documents into a search index",
     "search": "search an index",
+    "serve": "search an index over HTTP: JSON, and a page",
     "movielens": "write MovieLens-100K as files to try the other commands on",
 }
 """Command -> what it does; each is the module of this package with that name."""

@@ -91,6 +91,9 @@ def embed_changes(
 
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    given, known = (one.field(ID).type for one in (table.schema, schema))
+    if pa.types.is_integer(given) != pa.types.is_integer(known):  # which the cast would turn into each other
+        raise ValueError(f"documents has ids of type {given}, and those of the index are of type {known}.")
     try:
         return table.select(schema.names).cast(schema)
     except (pa.ArrowException, ValueError) as error:

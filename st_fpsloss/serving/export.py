@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Router, 
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from st_fpsloss.retrieval.model_fingerprint import document_fingerprint
 from st_fpsloss.serving.query_encoder import CONFIG_FILE, INPUT_PREFIX, MODEL_FILE, TOKENIZER_FILE, QueryEncoder
 from st_fpsloss.towers.features.ids import Categorical
 from st_fpsloss.towers.features.kinds import Feature
@@ -83,6 +84,7 @@ def export_query_encoder(model: SentenceTransformer, folder: str | os.PathLike[s
         config = {
             "dimension": dimension,
             "similarity": str(model.similarity_fn_name),
+            "model": document_fingerprint(model),
             "prompt": prompt,
             "special_tokens": isinstance(text_encoder, Transformer),
             "token_inputs": token_inputs,

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from st_fpsloss.towers.features.kinds import feature_from_dict
 from st_fpsloss.towers.features.values import input_row, input_text
+
+if TYPE_CHECKING:
+    from st_fpsloss.retrieval import DocumentIndex
 
 MODEL_FILE, TOKENIZER_FILE, CONFIG_FILE = "model.onnx", "tokenizer.json", "query_encoder.json"
 INPUT_PREFIX = "input."
@@ -32,6 +35,8 @@ class QueryEncoder:
         config: The content of ``query_encoder.json``.
         dimension: Size of the embeddings.
         similarity: ``"dot"`` or ``"cosine"``: how the model compares embeddings.
+        features: The side features of the tower.
+        reads_text: Whether the tower reads text.
 
     Example:
         ::
@@ -47,9 +52,10 @@ class QueryEncoder:
         self.dimension: int = config["dimension"]
         self.similarity: str = config["similarity"]
         self.features = [feature_from_dict(described) for described in config["features"]]
+        self.reads_text = tokenizer is not None
         self._session = session
         self._tokenizer = tokenizer
-        self._known = [*(["text"] if tokenizer is not None else []), *(feature.name for feature in self.features)]
+        self._known = [*(["text"] if self.reads_text else []), *(feature.name for feature in self.features)]
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], num_threads: int = 0) -> QueryEncoder:
@@ -105,6 +111,18 @@ class QueryEncoder:
         batches = [self._tensors(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
         found = [self._session.run(None, tensors)[0] for tensors in batches]
         return np.concatenate(found) if found else np.empty((0, self.dimension), dtype=np.float32)
+
+    def check_index(self, index: DocumentIndex) -> None:
+        """Refuses an index whose documents another model embedded.
+
+        Raises:
+            ValueError: The model that the tower was exported from has another document tower than the index's.
+        """
+        if index.info["model"] != self.config["model"]:
+            raise ValueError(
+                "the index was built with another model than the query tower was exported from, or with that model "
+                "before it was trained on: export the query tower of the model that built the index."
+            )
 
     def _tensors(self, rows: Sequence[Any]) -> dict[str, np.ndarray]:
         """The inputs of the graph."""

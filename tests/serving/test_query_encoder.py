@@ -17,22 +17,6 @@ from st_fpsloss.towers import id_embedding
 from tests.serving.models import FEATURES, ITEMS, WORDS, feature_model, text_model
 
 
-@pytest.fixture(scope="module")
-def text_folder(tmp_path_factory):
-    return _exported(text_model(), tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def feature_folder(tmp_path_factory):
-    return _exported(feature_model(), tmp_path_factory)
-
-
-def _exported(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("queries") / "exported"
-    export_query_encoder(model, folder)
-    return folder
-
-
 def _queries(count):
     rng = random.Random(0)
     values = {
@@ -56,12 +40,12 @@ def test_a_tower_of_text_and_every_kind_of_feature_embeds_as_the_model_does(feat
     assert (encoder.dimension, encoder.similarity, len(FEATURES)) == (17, "dot", len(encoder.features))
 
 
-def test_a_light_tower_of_text_embeds_as_the_model_does(text_folder):
+def test_a_light_tower_of_text_embeds_as_the_model_does(query_folder):
     texts = ["red shoes", "", "a tent for the rain", "zebra", " ".join(WORDS * 40)]
     expected = text_model().encode_query(texts)
     queries = [*texts[:2], {"text": texts[2]}, *texts[3:]]
     for batch_size in (1, 5):
-        np.testing.assert_allclose(QueryEncoder.load(text_folder).encode(queries, batch_size), expected, atol=1e-6)
+        np.testing.assert_allclose(QueryEncoder.load(query_folder).encode(queries, batch_size), expected, atol=1e-6)
 
 
 def test_answers_within_a_second_where_there_is_no_torch(feature_folder):
@@ -78,7 +62,7 @@ def test_answers_within_a_second_where_there_is_no_torch(feature_folder):
     assert total == pytest.approx(feature_model().encode_query(["red shoes", {"text": "tent", "age": 3}]).sum(), 1e-5)
 
 
-def test_refuses_bad_queries_by_name(feature_folder, text_folder):
+def test_refuses_bad_queries_by_name(feature_folder, query_folder):
     encoder = QueryEncoder.load(feature_folder)
     for query, message in [
         ({"aeg": 3}, "Unknown key 'aeg' in an input: did you mean 'age'"),
@@ -89,16 +73,16 @@ def test_refuses_bad_queries_by_name(feature_folder, text_folder):
         with pytest.raises(ValueError, match=message):
             encoder.encode([query])
     with pytest.raises(ValueError, match="Unknown key 'age'"):
-        QueryEncoder.load(text_folder).encode([{"age": 3}])
+        QueryEncoder.load(query_folder).encode([{"age": 3}])
     with pytest.raises(ValueError, match="is one query: give a list"):
         encoder.encode("red shoes")
     assert encoder.encode([]).shape == (0, 17)
 
 
-def test_refuses_folders_that_are_none_or_broken(text_folder, tmp_path):
+def test_refuses_folders_that_are_none_or_broken(query_folder, tmp_path):
     with pytest.raises(ValueError, match=r"no exported query tower: it has no query_encoder.json"):
         QueryEncoder.load(tmp_path)
-    broken = shutil.copytree(text_folder, tmp_path / "broken")
+    broken = shutil.copytree(query_folder, tmp_path / "broken")
     (broken / "model.onnx").write_bytes((broken / "model.onnx").read_bytes()[:100])
     with pytest.raises(ValueError, match="broken query tower, export it again"):
         QueryEncoder.load(broken)
