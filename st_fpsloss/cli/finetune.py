@@ -50,7 +50,8 @@ from st_fpsloss.cli.loss import LossArguments, LossName, loss_defaults, make_los
 from st_fpsloss.cli.models import load_model
 from st_fpsloss.cli.negatives import NegativeArguments
 from st_fpsloss.cli.parser import parse
-from st_fpsloss.cli.training import check_rows, run, set_columns, start_logging
+from st_fpsloss.cli.training import check_rows, document_prompt, run, set_columns, start_logging
+from st_fpsloss.data.inputs import distinct
 
 
 @dataclass
@@ -108,5 +109,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     rows = negatives.add_columns(rows, model, corpus, training)
     set_columns(training, model, rows.column_names)
     settings = negatives.settings(options.loss, rows, model, loss_arguments, training)
+    if options.loss == "full_softmax":
+        every = distinct([*corpus, *rows.with_format(None)["document"]])
+        settings |= {"corpus": list(every.values()), "corpus_prompt": document_prompt(training)}
     loss = make_loss(options.loss, model, loss_arguments, rows, training.prompts, **settings)
     return run(model, loss, rows, evaluator, training)

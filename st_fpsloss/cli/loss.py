@@ -11,16 +11,17 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_fpsloss.data.inputs import is_positive
-from st_fpsloss.losses import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+from st_fpsloss.losses import FPSLoss, FullSoftmaxLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
 from st_fpsloss.losses.arguments import CacheGradients
 from st_fpsloss.losses.base import ClickLoss
 
-LossName = Literal["fps", "pair_ce", "triplet", "sampled_softmax", "sigmoid"]
+LossName = Literal["fps", "pair_ce", "triplet", "sampled_softmax", "full_softmax", "sigmoid"]
 _LOSSES: Mapping[str, type[ClickLoss]] = {
     "fps": FPSLoss,
     "pair_ce": PairCELoss,
     "triplet": TripletLoss,
     "sampled_softmax": SampledSoftmaxLoss,
+    "full_softmax": FullSoftmaxLoss,
     "sigmoid": SigmoidLoss,
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +15,11 @@ from sentence_transformers import SentenceTransformer
 
 from st_fpsloss.towers import Tower, two_tower
 from st_fpsloss.towers.features.kinds import KINDS, Feature, feature_from_dict
+from st_fpsloss.training import align_towers
+
+logger = logging.getLogger(__name__)
+
+_NUM_TEXTS = 5_000  # of documents, that a projection of their encoder is to suit
 
 
 def load_model(model: str, trust_remote_code: bool = False) -> SentenceTransformer:
@@ -42,6 +49,11 @@ class TowerArguments:
     document_layers: int | None = field(default=None, metadata={"help": "the same for documents"})
     query_max_seq_length: int | None = field(default=None, metadata={"help": "cut queries at so many tokens"})
     document_max_seq_length: int | None = field(default=None, metadata={"help": "cut documents at so many tokens"})
+    query_frozen: bool = field(default=False, metadata={"help": "fix the encoder; what stands on it learns"})
+    document_frozen: bool = field(default=False, metadata={"help": "the same for documents"})
+    align: bool = field(
+        default=False, metadata={"help": "first teach the query tower the document tower's embeddings of the texts"}
+    )
     query_features: list[str] = field(
         default_factory=list,
         metadata={"help": f"name=kind of side features; kinds: {', '.join(KINDS)}"},
@@ -69,8 +81,23 @@ class TowerArguments:
             document=query if self.shared_tower else self._tower("document", rows),
             document_bias=self.document_bias,
             prompts={name: prompt for name, prompt in prompts.items() if prompt} or None,
+            texts=_texts(rows, "document")[:_NUM_TEXTS] or None,
             **self._given("embedding_dim", "similarity"),
         )
+
+    def align_towers(self, model: SentenceTransformer, rows: Dataset, seed: int) -> None:
+        """Teaches the query tower the document tower's embeddings of the rows' texts, where that is wanted.
+
+        Raises:
+            ValueError: As :func:`st_fpsloss.align_towers`, and with several processes.
+        """
+        if not self.align:
+            return
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--align needs one process: align in a run of its own, then go on with finetune.")
+        texts = [*_texts(rows, "query"), *_texts(rows, "document")]
+        found = align_towers(model, list(dict.fromkeys(texts)), seed=seed)
+        logger.info("Aligned: cosine %.3f, %.0f%% of ten neighbours", found["cosine"], 100 * found["neighbours@10"])
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -87,12 +114,19 @@ class TowerArguments:
             num_hidden_layers=getattr(self, f"{side}_layers"),
             max_seq_length=getattr(self, f"{side}_max_seq_length"),
             features=features,
+            frozen=getattr(self, f"{side}_frozen"),
             **self._given("pooling", "dropout"),
             **hidden_dims,
         )
 
     def __post_init__(self) -> None:
-        of_documents = ("document_model", "document_layers", "document_max_seq_length", "document_features")
+        of_documents = (
+            "document_model",
+            "document_layers",
+            "document_max_seq_length",
+            "document_features",
+            "document_frozen",
+        )
         given = [name for name in of_documents if getattr(self, name)]
         if self.shared_tower and given:
             raise ValueError(f"--{given[0]} and --shared_tower contradict each other: leave one out.")
@@ -161,6 +195,13 @@ def check_keys(features: Sequence[Feature], rows: Dataset, column: str, side: st
         f"--{side}_features: the dicts in the column of the {column} have the keys {unknown} too, which the tower "
         f"would not know: {', '.join(cures)}; or leave the keys out of the rows."
     )
+
+
+def _texts(rows: Dataset, column: str) -> list[str]:
+    """The distinct texts of a column, of dicts those under ``"text"``."""
+    values = rows.with_format(None)[column][:]
+    texts = (value.get("text") if isinstance(value, dict) else value for value in values)
+    return list(dict.fromkeys(text for text in texts if text))
 
 
 def _keys(values: Sequence[Any]) -> list[str]:

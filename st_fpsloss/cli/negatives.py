@@ -75,13 +75,15 @@ class NegativeArguments:
                 f"--hard_first_rank={self.hard_first_rank} has to be at least 1 and at most "
                 f"--hard_last_rank={self.hard_last_rank}: pass a smaller first rank, or a larger last one."
             )
+        if loss == "full_softmax" and (self.negatives or self.negative_columns):
+            raise ValueError("--loss full_softmax takes all documents for negatives: leave out --negatives.")
         if self.grade_column is None:
             return
         if label_column is not None:
             raise ValueError("--grade_column and --label_column are two meanings of a row's number: pass one.")
-        if loss in ("fps", "sigmoid"):
+        if loss in ("fps", "sigmoid", "full_softmax"):
             raise ValueError(
-                f"--loss {loss} takes every document of the batch for a negative, whatever its grade. With "
+                f"--loss {loss} takes every other document for a negative, whatever its grade. With "
                 "--grade_column use pair_ce, triplet or sampled_softmax."
             )
         if self.negatives not in (None, "explicit") or self.negative_columns:

@@ -49,13 +49,14 @@ from st_fpsloss.cli.data import DataArguments, EvaluationArguments
 from st_fpsloss.cli.loss import LossArguments, loss_defaults, make_loss
 from st_fpsloss.cli.models import TowerArguments, tower_defaults
 from st_fpsloss.cli.parser import parse
-from st_fpsloss.cli.training import check_rows, run, set_columns, speed_up_scale, start_logging
+from st_fpsloss.cli.training import check_rows, checkpoint_to_resume, run, set_columns, speed_up_scale, start_logging
 
 KINDS = (DataArguments, TowerArguments, LossArguments, EvaluationArguments, SentenceTransformerTrainingArguments)
 DEFAULTS = {"output_dir": "runs/pretrain", "per_device_train_batch_size": 512}
 COMMON = (
     "dataset", "query_column", "document_column", "label_column",
-    "query_model", "document_model", "shared_tower", "query_layers", "query_features", "document_features",
+    "query_model", "document_model", "shared_tower", "query_layers", "align",
+    "query_features", "document_features",
     "embedding_dim", "hidden_dims", "similarity", "log_q", "directions", "scale", "max_scale", "cache_gradients",
     "eval_dataset", "eval_fraction", "time_column", "documents", "exclude_seen",
     "output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "eval_strategy",
@@ -65,6 +66,8 @@ COMMON = (
 MAX_SCALE = 30.0
 LOG_Q = {"mask": "corrected", "keep": "standard"}  # by the way that duplicates are treated
 USED = {
+    "embedding_dim": "that of the encoders",
+    "hidden_dims": "one layer, twice the embedding_dim",
     "log_q": f"{LOG_Q['mask']}; with --duplicates keep {LOG_Q['keep']}",
     "max_scale": f"{MAX_SCALE:g}, or the scale where that is more",
     "learning_rate_mapping": 'with a cosine {"logit_scale": 10 times the learning_rate}',
@@ -84,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_rows(rows)
     evaluator = evaluation.evaluator(data, rows, held_out, training.per_device_eval_batch_size)
     model = towers.build(rows)
+    if checkpoint_to_resume(training) is None:
+        towers.align_towers(model, rows, training.seed)
     set_columns(training, model, rows.column_names)
     log_q = LOG_Q[loss_arguments.duplicates or "mask"]
     max_scale = max(MAX_SCALE, loss_arguments.scale or 0.0)

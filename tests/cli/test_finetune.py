@@ -30,8 +30,9 @@ def finetune(folder: Path, output: Path, *words: Any) -> dict[str, float]:
         ("PairCELoss", ["--loss", "pair_ce", "--negatives", "sampled"], ['"negatives": "explicit"']),
         ("PairCELoss", ["--loss", "pair_ce", "--negative_columns", "worse"], ['"negatives": "explicit"']),
         ("PairCELoss", ["--loss", "pair_ce", "--hardest", "3"], ['"negatives": "in_batch"', '"hardest": 3']),
-        ("TripletLoss", ["--loss", "triplet", "--negatives", "hard", "--margin", "2"], ['"margin": 2.0']),
+        ("TripletLoss", ["--loss", "triplet", "--negatives", "hard", "--margin", "1000"], ['"margin": 1000.0']),
         ("SampledSoftmaxLoss", ["--loss", "sampled_softmax", "--negatives", "mixed"], ['"log_q": "corrected"']),
+        ("FullSoftmaxLoss", ["--loss", "full_softmax", "--documents", "{folder}/new.jsonl"], ['"corpus": ']),
         ("SigmoidLoss", ["--loss", "sigmoid", "--mask_known_positives"], ['"duplicates": "mask"']),
         ("FPSLoss", ["--loss", "fps", "--negatives", "mixed", "--duplicates", "keep"], ['"log_q": "standard"']),
         ("FPSLoss", ["--loss", "fps", "--log_q", "none"], ['"log_q": null']),
@@ -41,6 +42,7 @@ def finetune(folder: Path, output: Path, *words: Any) -> dict[str, float]:
 def test_every_loss_learns_from_its_negatives(
     loss: str, words: list[str], settings: list[str], folder: Path, pretrained: Path, tmp_path: Path
 ) -> None:
+    words = [word.format(folder=folder) for word in words]
     metrics = finetune(folder, tmp_path, "--model", pretrained, "--num_negatives", 2, *words)
     assert metrics["eval_ndcg@10"] > 0.15  # by chance below 0.05
     assert (weights_of(tmp_path) - weights_of(pretrained)).norm() > 0.01
@@ -79,12 +81,13 @@ def test_any_model_is_fine_tuned_one_without_towers_too(folder: Path, tmp_path: 
         (["--grade_column", "grade"], ["label='grade' is no column of"]),
         (["--grade_column", "day"], ["label='day'", "where a finite number has to be"]),
         (["--grade_column", "stars", "--duplicates", "mask"], ["stars has 3 grades", "Leave out --duplicates"]),
-        (["--grade_column", "stars", "--loss", "fps"], ["--loss fps takes every document", "pair_ce, triplet"]),
+        (["--grade_column", "stars", "--loss", "fps"], ["--loss fps takes every other document", "pair_ce, triplet"]),
         (["--grade_column", "stars", "--negatives", "hard"], ["leave out --negatives hard"]),
         (["--grade_column", "stars", "--negative_columns", "worse"], ["leave out --negative_columns"]),
         (["--grade_column", "stars", "--label_column", "stars"], ["pass one"]),
         (["--grade_column", "stars", "--min_difference", "9"], ["nothing to compare"]),
         (["--dataset", "{folder}/same.jsonl"], ["all 2 training rows have one and the same document, 'fox'"]),
+        (["--loss", "full_softmax", "--negatives", "hard"], ["full_softmax takes all documents", "leave out"]),
         (["--negatives", "explicit"], ["--negatives explicit: the rows have none", "--negative_columns"]),
         (["--negatives", "mixed", "--num_negatives", "1"], ["num_negatives=1 < 2"]),
         (["--hard_first_rank", "0"], ["--hard_first_rank=0 has to be at least 1"]),

@@ -54,6 +54,20 @@ def test_alpha_has_a_rate_and_a_bound_of_its_own(
     assert f'"max_scale": {max_scale}' in (tmp_path / "README.md").read_text()
 
 
+def test_a_query_tower_is_aligned_and_a_frozen_encoder_stays(folder: Path, tmp_path: Path) -> None:
+    encoder = SentenceTransformer(str(folder / "encoder"), device="cpu")
+    words = [*data_of(folder), "--query_model", folder / "encoder", "--document_model", folder / "encoder"]
+    words += ["--query_layers", 1, "--document_frozen", "--align", "--similarity", "cosine", "--max_steps", 1, *QUIET]
+    run("pretrain", *words, "--output_dir", tmp_path, "--learning_rate", 1e-2, "--save_strategy", "no")
+    model = SentenceTransformer(str(tmp_path), device="cpu")
+    assert model.get_embedding_dimension() == 16  # the encoder's, where no other is given
+    frozen = dict(model[0].sub_modules["document"][0].named_parameters())
+    learned = dict(model[0].sub_modules["query"][0].named_parameters())
+    start = dict(encoder[0].named_parameters())
+    assert all(torch.equal(frozen[name], start[name]) for name in start)
+    assert not all(torch.equal(learned[name], start[name]) for name in learned)
+
+
 def test_a_run_that_was_interrupted_goes_on_to_the_same_end(folder: Path, tmp_path: Path) -> None:
     words = [
         *data_of(folder),
