@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def test_a_pretrained_model_has_a_card_metrics_and_no_need_of_this_package(pretr
     assert metrics["eval_hr@10"] > 0.5  # by chance about a tenth: 10 of some 130 documents
     card = (pretrained / "README.md").read_text()
     assert "FPSLoss</code> with these parameters" in card and '"log_q": "corrected"' in card
-    assert f"{metrics['eval_ndcg@10']:.4f}" in card
+    shown = [float(n) for line in card.splitlines() if "ndcg@10" in line for n in re.findall(r"\b[01]\.\d+", line)]
+    assert any(value == pytest.approx(metrics["eval_ndcg@10"], abs=5e-5) for value in shown)  # 0.75 is not 0.7500
     model = SentenceTransformer(str(pretrained), device="cpu")
     assert model.encode_query(["fox"]).shape == (1, 8)
     assert (
@@ -48,9 +50,10 @@ def test_alpha_has_a_rate_and_a_bound_of_its_own(
         "--lr_scheduler_type", "constant", "--max_steps", 2, "--save_steps", 2, "--output_dir", tmp_path, *QUIET,
     )  # fmt: skip
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    first, second = (entry["loss/alpha"] for entry in state["log_history"] if "loss/alpha" in entry)
-    # Adam's steps are about the rate; at the bound none is left.
-    assert abs(math.log(second / first)) == pytest.approx(rate, rel=0.5) or second == pytest.approx(max_scale)
+    alpha = next(entry["loss/alpha"] for entry in state["log_history"] if "loss/alpha" in entry)
+    start = 50.0 if "--scale" in words else 1 / 0.07
+    # Adam's first step is the rate; at the bound none is left upwards.
+    assert abs(math.log(alpha / start)) == pytest.approx(rate, rel=0.01) or alpha == start == max_scale
     assert f'"max_scale": {max_scale}' in (tmp_path / "README.md").read_text()
 
 
