@@ -41,10 +41,11 @@ def two_tower(
     similarity is the cosine. The same :class:`Tower` object for both sides is one shared encoder, held and saved once.
 
     Over pretrained encoders the towers start as their encoders: untrained, with the default sizes, the cosines of the
-    embeddings are those of the encoders. Where both are one encoder the model therefore ranks before any training as
-    that encoder does; a query encoder with fewer layers, or another one, first has to learn the documents' embeddings:
-    :func:`~st_fpsloss.align_towers`. Where the embeddings are smaller than the encoder's, both towers start from one
-    projection of them: give ``texts``, and it is the one that keeps their cosines best.
+    embeddings are those of the encoders. (Over an encoder that ends in a normalisation the dot product starts as the
+    cosine over 0.07, so that it ranks as the encoder too.) Where both are one encoder the model therefore ranks before
+    any training as that encoder does; a query encoder with fewer layers, or another one, first has to learn the
+    documents' embeddings: :func:`~st_fpsloss.align_towers`. Where the embeddings are smaller than the encoder's, both
+    towers start from one projection of them: give ``texts``, and it is the one that keeps their cosines best.
 
     Without side features and document bias it holds modules of sentence-transformers alone, so what
     ``save_pretrained`` writes loads anywhere with ``SentenceTransformer(path)``. With them it takes modules of this
@@ -111,7 +112,7 @@ def two_tower(
     routes = {tower: _front(tower, encoders.get(tower)) for tower in towers}
     heads = {tower: _mlp(embedding_size(routes[tower]), tower, embedding_dim) for tower in towers}
     pretrained = {tower: encoder for tower, encoder in encoders.items() if encoder.pretrained}
-    for tower, basis in starting_bases(pretrained, embedding_dim, texts).items():
+    for tower, basis in starting_bases(pretrained, embedding_dim, texts, similarity).items():
         start_linear(heads[tower], basis)
     for tower in towers:
         routes[tower] += _with_dropout(heads[tower], tower.dropout)

@@ -46,6 +46,11 @@ class Encoder:
         """Size of the embedding."""
         return embedding_size(self.modules)
 
+    @property
+    def is_normalised(self) -> bool:
+        """Whether all embeddings have length 1."""
+        return isinstance(self.modules[-1], Normalize)
+
 
 def embedding_size(modules: Sequence[Module]) -> int:
     """Size of the embedding that comes out of some modules; a Dropout, for one, does not know it."""
@@ -56,8 +61,6 @@ def embedding_size(modules: Sequence[Module]) -> int:
 
 def load_encoder(tower: Tower) -> Encoder:
     """Loads the encoder of a tower with a ``transformer``, cut and frozen as the tower says, in float32.
-
-    A ``Normalize`` at its end is left off: it changes no cosine, and the MLP is better off with what it removes.
 
     Raises:
         ValueError: There is nothing to load under that name, or what is there does not fit the tower.
@@ -88,7 +91,7 @@ def load_encoder(tower: Tower) -> Encoder:
 def _following_modules(module: InputModule, following: list[Module] | None, pooling: str | None) -> list[Module]:
     """What stands between the input module and the MLP."""
     if following and pooling is None:
-        return following[:-1] if isinstance(following[-1], Normalize) else following
+        return following
     if isinstance(module, StaticEmbedding) or module.module_output_name == "sentence_embedding":
         return []
     return [Pooling(module.get_embedding_dimension(), pooling_mode=pooling or "mean")]

@@ -24,6 +24,7 @@ from st_fpsloss.towers.tower import Tower
 logger = logging.getLogger(__name__)
 
 _SEED = 0
+_TEMPERATURE = 0.07  # where the losses start for cosines
 
 
 def start_linear(layers: Sequence[Dense], basis: Tensor) -> None:
@@ -31,7 +32,7 @@ def start_linear(layers: Sequence[Dense], basis: Tensor) -> None:
 
     Args:
         layers: The ReLU layers and the linear layer to the embedding, in order; changed in place.
-        basis: (rank, dim) orthonormal rows. As many of them are used as the narrowest layer has room for.
+        basis: (dim, dim) orthogonal rows. As many of them are used as the narrowest layer has room for.
     """
     *hidden, output = (layer.linear for layer in layers)
     rank = min(len(basis), carried_rank([linear.out_features for linear in hidden], output.out_features))
@@ -59,7 +60,7 @@ def carried_rank(widths: Sequence[int], embedding_dim: int) -> int:
 
 
 def starting_bases(
-    towers: Mapping[Tower, Encoder], embedding_dim: int, texts: Sequence[str] | None
+    towers: Mapping[Tower, Encoder], embedding_dim: int, texts: Sequence[str] | None, similarity: str
 ) -> dict[Tower, Tensor]:
     """The basis that each tower with a pretrained encoder starts from.
 
@@ -67,13 +68,18 @@ def starting_bases(
     for all of them; else the principal directions of ``texts`` in the embeddings of the last tower's encoder, that of
     the documents; without texts, a random rotation.
 
+    Encoders that end in a normalisation have been trained for the cosine. Under the dot product the rows have a length
+    with which it is cos / 0.07: the ranking is the encoder's, and a loss, whose α starts at 1, finds differences of a
+    size that it learns from. Other encoders keep their dot products.
+
     Args:
         towers: The towers that start so, with their encoders, queries first.
         embedding_dim: Size of the model's embeddings.
         texts: What to keep the cosines of.
+        similarity: ``"dot"`` or ``"cosine"``.
 
     Returns:
-        (rank, dim) orthonormal rows for each tower.
+        (dim, dim) orthogonal rows for each tower.
     """
     bases: dict[int, Tensor] = {}
     for dim in {encoder.embedding_dim for encoder in towers.values()}:
@@ -92,7 +98,11 @@ def starting_bases(
                 dim,
             )
             bases[dim] = _random_rotation(dim)
-    return {tower: bases[encoder.embedding_dim] for tower, encoder in towers.items()}
+    return {
+        tower: bases[encoder.embedding_dim]
+        * (_TEMPERATURE**-0.5 if similarity == "dot" and encoder.is_normalised else 1.0)
+        for tower, encoder in towers.items()
+    }
 
 
 def _principal_directions(encoder: Encoder, texts: Sequence[str]) -> Tensor:

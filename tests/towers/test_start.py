@@ -65,13 +65,14 @@ def test_units_that_have_no_effect_yet_learn_at_the_second_step() -> None:
     assert bool((output.grad[:, 8:].norm(dim=0) > 0).any())
 
 
-def test_untrained_towers_have_the_cosines_of_their_encoder(minilm: str) -> None:
-    model = two_tower(Tower(minilm), Tower(minilm), similarity="cosine")
+@pytest.mark.parametrize(("similarity", "scale"), [("cosine", 1), ("dot", 1 / 0.07)])
+def test_untrained_towers_have_the_cosines_of_their_encoder(minilm: str, similarity: str, scale: float) -> None:
+    model = two_tower(Tower(minilm), Tower(minilm), similarity=similarity)
     encoder = SentenceTransformer(minilm, device="cpu")
-    assert kinds(route(model, "query")) == ["Transformer", "Pooling", "Dense", "Dense"]
+    assert kinds(route(model, "query")) == ["Transformer", "Pooling", "Normalize", "Dense", "Dense"]
     expected = encoder.encode(TEXTS)
     np.testing.assert_allclose(
-        model.encode_query(TEXTS) @ model.encode_document(TEXTS).T, expected @ expected.T, atol=1e-5
+        model.encode_query(TEXTS) @ model.encode_document(TEXTS).T, scale * expected @ expected.T, atol=1e-5 * scale
     )
     assert model.get_embedding_dimension() == 384
 
@@ -122,13 +123,13 @@ def test_side_features_and_a_bias_leave_the_start_as_it_is(folder: str) -> None:
     np.testing.assert_allclose(found[:, :-1], full, rtol=1e-5, atol=1e-5)
 
 
-def test_a_tower_takes_the_layers_of_a_saved_model_but_its_normalisation(folder: str, tmp_path: Path) -> None:
+def test_a_tower_takes_all_layers_of_a_saved_model(folder: str, tmp_path: Path) -> None:
     transformer = Transformer(folder)
     modules = [transformer, Pooling(16, pooling_mode="cls"), Dense(16, 12, activation_function=torch.nn.Tanh())]
     encoder = SentenceTransformer(modules=[*modules, Normalize()])
     encoder.save_pretrained(str(tmp_path / "saved"))
     model = two_tower(Tower(str(tmp_path / "saved")), Tower(str(tmp_path / "saved"), num_hidden_layers=1))
-    assert kinds(route(model, "document")) == ["Transformer", "Pooling", "Dense", "Dense", "Dense"]
+    assert kinds(route(model, "document")) == ["Transformer", "Pooling", "Dense", "Normalize", "Dense", "Dense"]
     unit = encoder.encode(HISTORIES)
     found = model.encode_query(HISTORIES)
     np.testing.assert_allclose(cosines(found, found), unit @ unit.T, atol=1e-5)
@@ -182,7 +183,7 @@ def test_a_frozen_encoder_stays_as_it_is_while_the_mlp_learns(minilm: str, tmp_p
         assert not any(module.training for module in first.text_encoder.modules()) and not pooling.training
         assert not any(parameter.requires_grad for parameter in first.text_encoder.parameters())
         assert all(parameter.requires_grad for parameter in first.encoders.parameters())
-        assert all(module.training for module in [*route(candidate, "query")[2:], *route(candidate, "document")])
+        assert all(module.training for module in [*route(candidate, "query")[3:], *route(candidate, "document")])
         inputs = candidate.preprocess(TEXTS, task="query")
         once, twice = (candidate(dict(inputs), task="query")["sentence_embedding"] for _ in range(2))
         torch.testing.assert_close(once, twice, rtol=0, atol=0)

@@ -84,7 +84,7 @@ def test_a_tower_is_a_transformer_its_pooling_and_an_mlp(minilm: str) -> None:
     query = Tower(minilm, num_hidden_layers=1, pooling="cls", hidden_dims=(32, 24), dropout=0.1)
     model = two_tower(query, Tower(minilm, num_hidden_layers=2, hidden_dims=()), embedding_dim=8)
     assert kinds(route(model, "query")) == ["Transformer", "Pooling", "Dense", "Dropout", "Dense", "Dropout", "Dense"]
-    assert kinds(route(model, "document")) == ["Transformer", "Pooling", "Dense"]
+    assert kinds(route(model, "document")) == ["Transformer", "Pooling", "Normalize", "Dense"]
     assert route(model, "query")[1].pooling_mode == "cls"
     dense = [module for module in route(model, "query") if type(module).__name__ == "Dense"]
     assert [(d.in_features, d.out_features) for d in dense] == [(384, 32), (32, 24), (24, 8)]

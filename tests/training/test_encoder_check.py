@@ -61,7 +61,7 @@ def test_towers_that_start_as_their_encoder_are_not_warned_of_unless_training_sp
     assert "below its own" not in train(model, tmp_path, 1e-4, caplog)
     assert model[0].sub_modules["query"][0].training is False
     caplog.clear()
-    for parameter in model[0].sub_modules["query"][2].parameters():
+    for parameter in model[0].sub_modules["query"][3].parameters():
         parameter.data.normal_()
     train(model, tmp_path, 1e-4, caplog)
     warned = [record for record in caplog.records if "below its own" in record.message]

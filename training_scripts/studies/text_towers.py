@@ -5,6 +5,7 @@ all-MiniLM-L6-v2. Every row of the table trains on the same clicks with the same
 figures of one run are taken in one process with one thread: time is the processor's, evaluation left out.
 
     python -m training_scripts.studies.text_towers --model MINILM --folder runs/text_towers
+
 Results are lines of JSON, each written when its run ends: stopped and started again, it goes on where it was.
 """
 
