@@ -132,10 +132,10 @@ def _mini_batches(rows: TokenizedRows, distinct: Tensor, num_tokens: int) -> lis
     if rows.layout == "bag" and len(distinct):
         # A bag of tokens has neither padding nor activations, and the gradient of each call is a whole table.
         return [torch.arange(len(distinct), device=distinct.device)]
-    return _sorted_mini_batches(rows.lengths[distinct], num_tokens, padded=rows.layout == "padded")
+    return sorted_mini_batches(rows.lengths[distinct], num_tokens, padded=rows.layout == "padded")
 
 
-def _sorted_mini_batches(lengths: Tensor, num_tokens: int, padded: bool = True) -> list[Tensor]:
+def sorted_mini_batches(lengths: Tensor, num_tokens: int, padded: bool = True) -> list[Tensor]:
     """Cut rows, longest first (the most memory comes first), into mini-batches of at most ``num_tokens``."""
     order = torch.argsort(lengths, descending=True, stable=True)
     widths = lengths[order].clamp_min(1).tolist()

@@ -112,6 +112,10 @@ class TokenizedRows:
         """The dictionary that the tower's modules take; fresh, since modules write into it."""
         return _JOIN[self.layout]({**self.metadata, **self.tensors})
 
+    def embed(self, model: Callable[[Features], Features]) -> Tensor:
+        """Embeddings (N, dim) of the rows."""
+        return model(self.features())["sentence_embedding"]
+
     def fingerprints(self) -> Tensor:
         """Identity (N,) int64 of each row: equal rows have equal fingerprints, in every batch and every process.
 

@@ -7,6 +7,7 @@ A loss names its own arguments and takes the others as ``**shared: Unpack[...]``
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from st_fpsloss.frequencies.table import Frequencies
 
 Similarity = Literal["dot", "cosine"]
 CacheGradients = Literal["auto"] | bool | int
+CacheFrozen = bool | str | os.PathLike[str]
 Pairs = Mapping[Any, Iterable[Any]] | Iterable[tuple[Any, Any]]
 
 
@@ -28,6 +30,7 @@ class EncodingArguments(TypedDict, total=False):
     similarity: Similarity | None
     mini_batch_num_tokens: int | None
     cache_gradients: CacheGradients
+    cache_frozen: CacheFrozen
     gather_across_devices: bool
 
 
@@ -99,6 +102,9 @@ ARGUMENTS: dict[str, str] = {
         tower. A whole number as 16384: all but mini-batches of so many tokens in all, padding included. False: none. A
         kept token takes .2 to .3 MiB in MiniLM (6 layers, with dropout), in other encoders about in proportion to
         layers times width.""",
+    "cache_frozen": """what a frozen encoder (see ``Tower(frozen=True)``) gives for a row is computed once and kept,
+        with True in memory, up to a quarter of what is free, with a folder there, for later runs too. What learns above
+        it runs as usual. Embeddings are kept by the encoder's weights and never taken for those of others.""",
     "gather_across_devices": "with several processes, let the documents of all of them be negatives of each query.",
 }
 """What each argument means, in the order of signatures; empty where only one loss has it, or each its own meaning."""

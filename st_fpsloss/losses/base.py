@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -18,13 +19,15 @@ from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
 from st_fpsloss.batch.distributed import Exchange, gather_clicks, world_size
 from st_fpsloss.batch.encoded import EncodedClicks, unique_by_id
 from st_fpsloss.batch.known_positives import KnownPositives
+from st_fpsloss.encoding.frozen import FrozenEncoderCache
 from st_fpsloss.encoding.gradient_cache import CachedEncoding, encode
 from st_fpsloss.encoding.memory import GraphBudget, MemoryBudget, TokenBudget
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.prefixes import rows_of_column
 from st_fpsloss.encoding.rows import Features, TokenizedRows, routes_by_task
-from st_fpsloss.losses.arguments import CacheGradients, Pairs, Similarity, complete
+from st_fpsloss.losses.arguments import CacheFrozen, CacheGradients, Pairs, Similarity, complete
 from st_fpsloss.losses.checks import (
+    check_cache_frozen,
     check_cache_gradients,
     check_choice,
     check_embeddings,
@@ -69,6 +72,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         similarity: Similarity | None = None,
         mini_batch_num_tokens: int | None = None,
         cache_gradients: CacheGradients = "auto",
+        cache_frozen: CacheFrozen = False,
         gather_across_devices: bool = False,
     ) -> None:
         similarity = similarity_of(model, similarity)
@@ -91,6 +95,11 @@ class ClickLoss(DiagnosedLoss, ABC):
         self.cache_gradients = cache_gradients
         self.uses_gradient_cache = cache_gradients is not False  # MatryoshkaLoss asks
         self._memory_budget = MemoryBudget()
+        check_cache_frozen(cache_frozen)
+        self.cache_frozen = cache_frozen
+        self._frozen_encoders: FrozenEncoderCache | None = None
+        if cache_frozen is not False:
+            self._frozen_encoders = FrozenEncoderCache(None if cache_frozen is True else Path(cache_frozen))
         self.gather_across_devices = gather_across_devices
         self.has_state_callback = False  # LossStateCallback sets it
         self.last_batch = None  # and looks at this, now and then
@@ -144,6 +153,8 @@ class ClickLoss(DiagnosedLoss, ABC):
         needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
         extra = self.extra_candidates()
         plan = BatchPlan.from_columns([*columns, *extra], [*needed, *[None] * len(extra)], num_tokens)
+        if self._frozen_encoders is not None:
+            plan = self._frozen_encoders.apply(self.model, plan, num_tokens)
         clicks = EncodedClicks.from_plan(plan, relevance, len(columns))
         if self._gathers:
             clicks = clicks.gathered()
@@ -239,6 +250,7 @@ class ClickLoss(DiagnosedLoss, ABC):
             "similarity": self.similarity,
             "mini_batch_num_tokens": self.mini_batch_num_tokens,
             "cache_gradients": self.cache_gradients,
+            "cache_frozen": self.cache_frozen if isinstance(self.cache_frozen, bool) else str(self.cache_frozen),
             "gather_across_devices": self.gather_across_devices,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,14 @@ def check_cache_gradients(value: object) -> None:
             "`cache_gradients` must be 'auto', True, False, or the number of tokens whose graphs may be kept, a whole "
             f"number from 1, got {value!r}. 'auto' keeps the graphs that fit, False all, True as few as possible."
         )
+
+
+def check_cache_frozen(value: object) -> None:
+    """Raise a ValueError unless ``value`` is True, False or a folder."""
+    if isinstance(value, bool):
+        return
+    if not isinstance(value, (str, os.PathLike)) or value == "" or os.path.isfile(value):
+        raise ValueError(f"`cache_frozen` must be True, False or a folder, new or of an earlier run, got {value!r}.")
 
 
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

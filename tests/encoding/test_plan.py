@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from st_fpsloss import FPSLoss
 from st_fpsloss.encoding.gradient_cache import CachedEncoding
 from st_fpsloss.encoding.memory import TokenBudget
-from st_fpsloss.encoding.plan import BatchPlan, _sorted_mini_batches
+from st_fpsloss.encoding.plan import BatchPlan, sorted_mini_batches
 from st_fpsloss.encoding.rows import TokenizedRows
 from tests.losses import reference
 from tests.losses.conftest import clicks, gradients, plain_model, small_model, static_query_model
@@ -250,7 +250,7 @@ def test_each_distinct_row_is_encoded_once_and_unneeded_rows_never():
 def test_mini_batches_hold_the_budget_and_hardly_pad():
     torch.manual_seed(0)
     lengths = torch.randint(1, 128, (2000,))
-    batches = _sorted_mini_batches(lengths, 2048)
+    batches = sorted_mini_batches(lengths, 2048)
     assert sorted(torch.cat(batches).tolist()) == list(range(2000))
     padded = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     assert all(len(batch) * int(lengths[batch].max()) <= 2048 for batch in batches)
@@ -259,7 +259,7 @@ def test_mini_batches_hold_the_budget_and_hardly_pad():
 
 
 def test_a_row_longer_than_the_budget_is_a_mini_batch_of_its_own():
-    assert [len(batch) for batch in _sorted_mini_batches(torch.tensor([5, 900, 7]), 100)] == [1, 2]
+    assert [len(batch) for batch in sorted_mini_batches(torch.tensor([5, 900, 7]), 100)] == [1, 2]
 
 
 def test_a_kept_mini_batch_is_forwarded_once():
