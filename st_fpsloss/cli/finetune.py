@@ -50,7 +50,14 @@ from st_fpsloss.cli.loss import LossArguments, LossName, loss_defaults, make_los
 from st_fpsloss.cli.models import load_model
 from st_fpsloss.cli.negatives import NegativeArguments
 from st_fpsloss.cli.parser import parse
-from st_fpsloss.cli.training import check_rows, document_prompt, run, set_columns, start_logging
+from st_fpsloss.cli.training import (
+    OutputArguments,
+    check_rows,
+    document_prompt,
+    run,
+    set_columns,
+    start_logging,
+)
 from st_fpsloss.data.inputs import distinct
 
 
@@ -71,6 +78,7 @@ KINDS = (
     NegativeArguments,
     LossArguments,
     EvaluationArguments,
+    OutputArguments,
     SentenceTransformerTrainingArguments,
 )
 DEFAULTS = {"output_dir": "runs/finetune", "per_device_train_batch_size": 64}
@@ -81,7 +89,7 @@ COMMON = (
     "scale", "margin", "log_q", "cache_gradients",
     "eval_dataset", "eval_fraction", "time_column", "documents", "exclude_seen",
     "output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "eval_strategy",
-    "resume_from_checkpoint", "push_to_hub",
+    "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub",
 )  # fmt: skip
 USED = {
     "log_q": "corrected for what is drawn by popularity; with --duplicates keep standard",
@@ -91,10 +99,11 @@ USED = {
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the whole of it; returns the metrics on what was held out."""
-    options, data, negatives, loss_arguments, evaluation, training = parse(
+    options, data, negatives, loss_arguments, evaluation, output, training = parse(
         __doc__, KINDS, argv, prog="st-fpsloss finetune", common=COMMON, used={**loss_defaults(), **USED}, **DEFAULTS
     )
     start_logging(training)
+    output.check(training)
     set_seed(training.seed)
     negatives.check(options.loss, data.label_column, loss_arguments)
     label = negatives.grade_column or data.label_column
@@ -113,4 +122,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         every = distinct([*corpus, *rows.with_format(None)["document"]])
         settings |= {"corpus": list(every.values()), "corpus_prompt": document_prompt(training)}
     loss = make_loss(options.loss, model, loss_arguments, rows, training.prompts, **settings)
+    output.clear(training)
     return run(model, loss, rows, evaluator, training)

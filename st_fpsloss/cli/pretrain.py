@@ -49,9 +49,24 @@ from st_fpsloss.cli.data import DataArguments, EvaluationArguments
 from st_fpsloss.cli.loss import LossArguments, loss_defaults, make_loss
 from st_fpsloss.cli.models import TowerArguments, tower_defaults
 from st_fpsloss.cli.parser import parse
-from st_fpsloss.cli.training import check_rows, checkpoint_to_resume, run, set_columns, speed_up_scale, start_logging
+from st_fpsloss.cli.training import (
+    OutputArguments,
+    check_rows,
+    checkpoint_to_resume,
+    run,
+    set_columns,
+    speed_up_scale,
+    start_logging,
+)
 
-KINDS = (DataArguments, TowerArguments, LossArguments, EvaluationArguments, SentenceTransformerTrainingArguments)
+KINDS = (
+    DataArguments,
+    TowerArguments,
+    LossArguments,
+    EvaluationArguments,
+    OutputArguments,
+    SentenceTransformerTrainingArguments,
+)
 DEFAULTS = {"output_dir": "runs/pretrain", "per_device_train_batch_size": 512}
 COMMON = (
     "dataset", "query_column", "document_column", "label_column",
@@ -60,7 +75,7 @@ COMMON = (
     "embedding_dim", "hidden_dims", "similarity", "log_q", "directions", "scale", "max_scale", "cache_gradients",
     "eval_dataset", "eval_fraction", "time_column", "documents", "exclude_seen",
     "output_dir", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "eval_strategy",
-    "resume_from_checkpoint", "push_to_hub",
+    "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub",
 )  # fmt: skip
 # Learned without a tight bound, α grows past what ranks best; see results/comparisons.md.
 MAX_SCALE = 30.0
@@ -77,10 +92,11 @@ USED = {
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the whole of it; returns the metrics on what was held out."""
     used = {**tower_defaults(), **loss_defaults("fps"), **USED}
-    data, towers, loss_arguments, evaluation, training = parse(
+    data, towers, loss_arguments, evaluation, output, training = parse(
         __doc__, KINDS, argv, prog="st-fpsloss pretrain", common=COMMON, used=used, **DEFAULTS
     )
     start_logging(training)
+    output.check(training)
     set_seed(training.seed)
     with training.main_process_first(local=False, desc="reading the data"):
         rows, held_out = evaluation.read(data, data.label_column)
@@ -95,4 +111,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     loss = make_loss("fps", model, loss_arguments, rows, training.prompts, log_q=log_q, max_scale=max_scale)
     if loss.similarity == "cosine":
         speed_up_scale(training)
+    output.clear(training)
     return run(model, loss, rows, evaluator, training)

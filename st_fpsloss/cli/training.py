@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import reprlib
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,47 @@ from st_fpsloss.data.inputs import LABEL_COLUMNS, canonical_string, is_positive
 from st_fpsloss.evaluation import RetrievalEvaluator
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.training import LossStateCallback, last_complete_checkpoint
+from st_fpsloss.training.saving import holds_model, replaced_model
 
 _SCALE_SPEED = 10
 LAST_CHECKPOINT = "last"
 """What ``--resume_from_checkpoint`` says for the newest complete checkpoint, or the start where there is none."""
+
+
+@dataclass
+class OutputArguments:
+    """What becomes of an earlier run in ``--output_dir``."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "remove the checkpoints that output_dir holds, and in the end replace its model"},
+    )
+
+    def check(self, training: SentenceTransformerTrainingArguments) -> None:
+        """Refuses to train over an earlier run that nothing is said about.
+
+        Raises:
+            ValueError: If ``output_dir`` holds checkpoints or a model, or is to be overwritten and gone on with.
+        """
+        folder, resumes = training.output_dir, training.resume_from_checkpoint is not None
+        if self.overwrite_output_dir and resumes:
+            raise ValueError("--overwrite_output_dir and --resume_from_checkpoint contradict each other: pass one.")
+        if self.overwrite_output_dir or resumes:
+            return
+        has_checkpoints = any(_checkpoints(training))
+        if has_checkpoints or holds_model(folder):
+            on = f"--resume_from_checkpoint {LAST_CHECKPOINT} to go on with it, " if has_checkpoints else ""
+            held = "checkpoints of an earlier run" if has_checkpoints else "a model"
+            raise ValueError(
+                f"--output_dir={folder} holds {held}. Pass {on}--overwrite_output_dir to replace it, or another "
+                "output_dir."
+            )
+
+    def clear(self, training: SentenceTransformerTrainingArguments) -> None:
+        """Removes the checkpoints that are to be overwritten: the run must not mix its own with them."""
+        if self.overwrite_output_dir and training.should_save:
+            for checkpoint in _checkpoints(training):
+                shutil.rmtree(checkpoint)
 
 
 def start_logging(training: SentenceTransformerTrainingArguments) -> None:
@@ -31,21 +70,15 @@ def start_logging(training: SentenceTransformerTrainingArguments) -> None:
 
 
 def checkpoint_to_resume(training: SentenceTransformerTrainingArguments) -> str | None:
-    """Returns the checkpoint that ``--resume_from_checkpoint`` asks for; None starts anew.
+    """Returns the checkpoint that ``--resume_from_checkpoint`` names; None starts at the beginning.
 
     Raises:
-        ValueError: If it is no folder, or ``output_dir`` holds checkpoints and nothing is said about them: a new run
-            would mix its own with them.
+        ValueError: If it is no folder.
     """
-    asked, folder = training.resume_from_checkpoint, Path(training.output_dir)
+    asked = training.resume_from_checkpoint
     if asked == LAST_CHECKPOINT:
-        return last_complete_checkpoint(folder)
+        return last_complete_checkpoint(training.output_dir)
     if asked is None:
-        if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            raise ValueError(
-                f"--output_dir={folder} holds checkpoints of an earlier run. Pass --resume_from_checkpoint "
-                f"{LAST_CHECKPOINT} to go on with it, or another output_dir."
-            )
         return None
     if not Path(asked).is_dir():
         raise ValueError(
@@ -53,6 +86,10 @@ def checkpoint_to_resume(training: SentenceTransformerTrainingArguments) -> str 
             "complete one in output_dir."
         )
     return asked
+
+
+def _checkpoints(training: SentenceTransformerTrainingArguments) -> list[Path]:
+    return list(Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def check_rows(rows: Dataset, drawn: Sequence[Any] = ()) -> None:
@@ -123,6 +160,18 @@ def document_prompt(training: SentenceTransformerTrainingArguments) -> str | Non
     return prompts.get("document") if isinstance(prompts, dict) else prompts
 
 
+class _Trainer(SentenceTransformerTrainer):
+    """The stock trainer, but the model in ``output_dir`` is replaced whole or not at all."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves a checkpoint, or the model, as what calls it wants."""
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            with replaced_model(self.args.output_dir) as folder:
+                super().save_model(str(folder), _internal_call=True)
+
+
 def run(
     model: SentenceTransformer,
     loss: ClickLoss,
@@ -143,7 +192,7 @@ def run(
         The metrics at the end; {} without an evaluator.
     """
     checkpoint = checkpoint_to_resume(training)
-    trainer = SentenceTransformerTrainer(
+    trainer = _Trainer(
         model=model,
         args=training,
         train_dataset=rows,

@@ -5,6 +5,7 @@ from st_fpsloss.training.callbacks import LossStateCallback
 from st_fpsloss.training.checkpoints import last_complete_checkpoint
 from st_fpsloss.training.collator import DeduplicatingCollator
 from st_fpsloss.training.prefix_collator import PrefixCollator
+from st_fpsloss.training.saving import save_model
 
 __all__ = [
     "DeduplicatingCollator",
@@ -12,4 +13,5 @@ __all__ = [
     "PrefixCollator",
     "align_towers",
     "last_complete_checkpoint",
+    "save_model",
 ]

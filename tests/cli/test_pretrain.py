@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 
 from st_fpsloss.cli.data import DataArguments, EvaluationArguments
 from st_fpsloss.cli.models import TowerArguments
-from st_fpsloss.cli.training import set_columns
+from st_fpsloss.cli.training import OutputArguments, set_columns
 from tests.cli.conftest import QUIET, data_of, run, towers_of, weights_of, write
 from tests.click_logs import refusal
 
@@ -95,6 +95,25 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_end(folder: Path, tmp_pa
     torch.testing.assert_close(weights_of(tmp_path), end, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("held", ["checkpoint-4/trainer_state.json", "modules.json"])
+def test_an_earlier_run_is_overwritten_only_where_that_is_said(held: str, tmp_path: Path) -> None:
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    for name in (held, "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    training = SentenceTransformerTrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="--overwrite_output_dir to replace it, or another output_dir"):
+        OutputArguments().check(training)
+    chosen = OutputArguments(overwrite_output_dir=True)
+    chosen.check(training)
+    chosen.clear(training)
+    assert (tmp_path / "notes.txt").exists() and not list(tmp_path.glob("checkpoint-*"))
+    OutputArguments().check(SentenceTransformerTrainingArguments(str(tmp_path / "new"), use_cpu=True))
+    training.resume_from_checkpoint = "last"
+    OutputArguments().check(training)
+    with pytest.raises(ValueError, match="contradict each other"):
+        chosen.check(training)
+
+
 def test_a_data_set_that_is_no_file_goes_through_load_dataset(folder: Path, tmp_path: Path) -> None:
     rows = Dataset.from_json(str(folder / "log.jsonl"), cache_dir=str(tmp_path / "cache"))
     (tmp_path / "repository").mkdir()
@@ -117,8 +136,6 @@ def test_the_newest_rows_are_held_out_and_their_time_is_no_column_of_the_trainin
 
 
 def test_columns_go_to_their_towers_with_the_prompts_of_the_model() -> None:
-    from sentence_transformers import SentenceTransformerTrainingArguments
-
     from tests.losses.conftest import small_model
 
     model = small_model()
