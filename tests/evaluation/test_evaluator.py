@@ -6,7 +6,6 @@ import csv
 import logging
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -441,24 +440,15 @@ assert torch.distributed.get_world_size() == 2
 def test_two_ranks_share_the_evaluation(tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "out")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            errors = rank.communicate(timeout=300)[1]
-            assert rank.returncode == 0, errors[-4000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+    ]  # a port of its own
+    done = subprocess.run(
+        [*torchrun, str(script), str(tmp_path / "out")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -48,17 +48,18 @@ def test_a_light_tower_of_text_embeds_as_the_model_does(query_folder):
         np.testing.assert_allclose(QueryEncoder.load(query_folder).encode(queries, batch_size), expected, atol=1e-6)
 
 
-def test_answers_within_a_second_where_there_is_no_torch(feature_folder):
+def test_answers_in_a_few_times_what_its_imports_take_where_there_is_no_torch(feature_folder):
     code = (
-        "import sys, time\n"
+        "import sys, time, numpy, onnxruntime, tokenizers\n"
+        "imports = time.process_time()\n"
         "for name in ('torch', 'sentence_transformers', 'transformers', 'datasets'): sys.modules[name] = None\n"
         "from st_fpsloss.serving.query_encoder import QueryEncoder\n"
         f"found = QueryEncoder.load({str(feature_folder)!r}).encode(['red shoes', {{'text': 'tent', 'age': 3}}])\n"
-        "print(time.process_time(), found.sum())\n"
+        "print(imports, time.process_time(), found.sum())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
-    seconds, total = map(float, done.stdout.split())
-    assert seconds < 1  # of the processor, from the start of the interpreter
+    imports, seconds, total = map(float, done.stdout.split())
+    assert seconds < 8 * imports  # of the processor, from the start of the interpreter: a second where they take .12
     assert total == pytest.approx(feature_model().encode_query(["red shoes", {"text": "tent", "age": 3}]).sum(), 1e-5)
 
 

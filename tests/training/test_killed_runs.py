@@ -94,7 +94,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
         process = start(train_with, output_dir, limit)
         while process.is_alive() and not (output_dir / "checkpoint-6").exists():
             time.sleep(0.0005)
-        time.sleep(rng.uniform(0, 0.12))
+        time.sleep(rng.uniform(0, 0.12) if number else 0)  # the first one before it can end
         process.kill()
         process.join()
         exit_codes.append(process.exitcode)
