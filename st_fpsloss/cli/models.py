@@ -45,7 +45,9 @@ class TowerArguments:
     )
     document_model: str | None = field(default=None, metadata={"help": "the same for documents"})
     shared_tower: bool = field(default=False, metadata={"help": "documents share the queries' tower"})
-    query_layers: int | None = field(default=None, metadata={"help": "keep the encoder's first so many layers"})
+    query_layers: int | None = field(
+        default=None, metadata={"help": "keep so many of the encoder's layers, evenly spaced"}
+    )
     document_layers: int | None = field(default=None, metadata={"help": "the same for documents"})
     query_max_seq_length: int | None = field(default=None, metadata={"help": "cut queries at so many tokens"})
     document_max_seq_length: int | None = field(default=None, metadata={"help": "cut documents at so many tokens"})

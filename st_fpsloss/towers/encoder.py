@@ -78,7 +78,7 @@ def load_encoder(tower: Tower) -> Encoder:
             f"{type(module).__name__}, which has no layers and no limit; leave {changed[0]}=None."
         )
     if tower.num_hidden_layers is not None:
-        _keep_first_layers(module, tower.num_hidden_layers)
+        _keep_layers(module, tower.num_hidden_layers)
     if tower.max_seq_length is not None:
         _set_max_seq_length(module, tower.max_seq_length)
     modules = [module, *_following_modules(module, following, tower.pooling)]
@@ -167,17 +167,25 @@ def _load_modules(name_or_path: str) -> list[Module]:
     return list(model.float())
 
 
-def _keep_first_layers(transformer: Transformer, count: int) -> None:
-    """Drops all but the first layers, from the model and from its configuration, so that saving keeps it so."""
+def _keep_layers(transformer: Transformer, count: int) -> None:
+    """Drops all but some layers, from the model and from its configuration, so that saving keeps it so.
+
+    Kept are the first, the last, and those at even distances between them: the last layers make what pooling reads.
+    """
     model, config = transformer.model, transformer.model.config
     parent, name = _find_layers(model)
     layers = getattr(parent, name)
     if count > len(layers):
         raise ValueError(f"num_hidden_layers={count}, but the transformer has {len(layers)} layers; give at most that.")
-    setattr(parent, name, layers[:count])
+    kept = [round(number * (len(layers) - 1) / max(1, count - 1)) for number in range(count)]
+    setattr(parent, name, nn.ModuleList(layers[number] for number in kept))
+    for position, layer in enumerate(getattr(parent, name)):
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):  # where a decoder keeps keys and values
+                part.layer_idx = position
     for key in _PER_LAYER_CONFIG:
         if isinstance(getattr(config, key, None), list):
-            setattr(config, key, getattr(config, key)[:count])
+            setattr(config, key, [getattr(config, key)[number] for number in kept])
     config.num_hidden_layers = count
 
 

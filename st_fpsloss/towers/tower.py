@@ -35,7 +35,8 @@ class Tower:
             with its pooling and its layers after that), or a ready ``Transformer`` or ``StaticEmbedding``. A ready
             module is used as it is, so that two towers may share it under different MLPs; where ``num_hidden_layers``
             or ``max_seq_length`` changes it, the tower works on a copy. None is for a tower of ``features`` alone.
-        num_hidden_layers: Keep the first so many layers of the transformer. None keeps all of them.
+        num_hidden_layers: Keep so many layers of the transformer: the first, the last, and those at even distances
+            between them. None keeps all of them.
         max_seq_length: Cut inputs at so many tokens. None keeps what the transformer comes with.
         pooling: How token embeddings become one embedding: ``"mean"``, ``"cls"``, ``"max"``,
             ``"mean_sqrt_len_tokens"``, ``"weightedmean"`` or ``"lasttoken"``. None takes what a saved

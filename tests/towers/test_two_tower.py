@@ -139,18 +139,14 @@ def test_a_ready_module_is_left_as_it_was_when_the_tower_cuts_it() -> None:
 # Cutting a transformer
 
 
-def test_the_first_layers_are_kept_with_their_weights(minilm: str) -> None:
-    tower = Tower(minilm, num_hidden_layers=2)
-    cut = route(two_tower(tower, tower), "query")[0]
-    full = SentenceTransformer(minilm, device="cpu")[0]
-    features = full.preprocess(TEXTS)
-    with torch.no_grad():
-        states = full.model(features["input_ids"], features["attention_mask"], output_hidden_states=True).hidden_states
-        expected = states[2]
-        kept = cut.eval()(cut.preprocess(TEXTS))["token_embeddings"]
-    mask = features["attention_mask"].bool()
-    torch.testing.assert_close(kept[mask], expected[mask])
-    assert cut.model.config.num_hidden_layers == 2
+@pytest.mark.parametrize(("count", "kept"), [(1, [0]), (2, [0, 5]), (3, [0, 2, 5]), (4, [0, 2, 3, 5]), (6, range(6))])
+def test_the_first_the_last_and_layers_between_them_are_kept(minilm: str, count: int, kept: list[int]) -> None:
+    tower = Tower(minilm, num_hidden_layers=count)
+    cut = route(two_tower(tower, tower), "query")[0].model
+    full = SentenceTransformer(minilm, device="cpu")[0].model.encoder.layer
+    assert cut.config.num_hidden_layers == len(cut.encoder.layer) == count
+    for layer, number in zip(cut.encoder.layer, kept, strict=True):
+        torch.testing.assert_close(dict(layer.named_parameters()), dict(full[number].named_parameters()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
