@@ -14,13 +14,14 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.modules import Router
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbedding
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize, softmax
 
 from st_fpsloss.towers.checks import positive_int
 from st_fpsloss.towers.encoder import stay_in_eval_mode
 from st_fpsloss.towers.modules.document_bias import BiasDimension
+from st_fpsloss.towers.start import carried_rank, start_linear
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ _MIN_TEXTS = 20
 _MAX_HELD_OUT = 500
 _NEIGHBOURS = 10
 _EVALUATIONS = 5
-_TRANSFORMER_RATE, _STATIC_RATE = 5e-4, 2e-2
+_TRANSFORMER_RATE, _STATIC_RATE = 5e-4, 5e-3
+_STRANGERS = 0.2  # below this mean cosine a StaticEmbedding knows nothing of the embeddings that it is to learn
 
 
 def align_towers(
@@ -48,6 +50,9 @@ def align_towers(
     knows. On texts, which need no clicks, that is minutes of work: the stock trainer brings its embeddings to the
     others' by :class:`AlignmentLoss`. The document tower stays as it is, and so does a frozen query encoder.
 
+    A StaticEmbedding that has the embeddings' size and agrees with them no better than chance starts from the embedding
+    of each word of its vocabulary, which is encoded for that.
+
     A tenth of the texts, at most 500, is held out: how well both agree on these is logged as training goes on.
 
     Args:
@@ -58,7 +63,7 @@ def align_towers(
             space, such as the encoder that the document tower started from. It reads the texts by ``encode_query``.
         epochs: Passes over the texts.
         batch_size: Texts of a step.
-        learning_rate: At the first step; it falls to 0 at the last. None is 5e-4, and 2e-2 for a StaticEmbedding.
+        learning_rate: At the first step; it falls to 0 at the last. None is 5e-4, and 5e-3 for a StaticEmbedding.
         seed: Of the order of the texts, and of which are held out.
 
     Returns:
@@ -81,6 +86,8 @@ def align_towers(
     num_held_out = min(_MAX_HELD_OUT, max(2, len(texts) // 10))
     evaluator = AgreementEvaluator(texts[:num_held_out], targets[:num_held_out])
     before = evaluator(model)
+    if isinstance(tower[0], StaticEmbedding) and before["cosine"] < _STRANGERS:
+        _start_from_words(tower, model, teacher)
     pairs = Dataset.from_dict({"text": texts[num_held_out:], "label": targets[num_held_out:].numpy()})
     if learning_rate is None:
         learning_rate = _STATIC_RATE if isinstance(tower[0], StaticEmbedding) else _TRANSFORMER_RATE
@@ -221,6 +228,22 @@ def _targets(model: SentenceTransformer, texts: list[str], teacher: SentenceTran
         # A query has a 1 where a document has its score.
         targets = torch.cat([targets[:, :-1], torch.ones(len(targets), 1)], dim=1)
     return targets
+
+
+@torch.no_grad()
+def _start_from_words(tower: nn.Sequential, model: SentenceTransformer, teacher: SentenceTransformer | None) -> None:
+    """Gives a StaticEmbedding the embedding to learn of each word of its vocabulary, and an MLP that passes it on."""
+    static: Any = tower[0]
+    layers = [module for module in tower if isinstance(module, Dense)]
+    dim = layers[-1].out_features
+    if static.get_embedding_dimension() != dim or carried_rank([m.out_features for m in layers[:-1]], dim) < dim:
+        return
+    table = static.embedding.weight
+    words = [static.tokenizer.decode([number]).removeprefix("##").strip() for number in range(len(table))]
+    known = [number for number, word in enumerate(words) if word]
+    targets = _targets(model, [words[number] for number in known], teacher)
+    table[known] = targets[:, :dim].to(table)  # without the dimension of a document bias
+    start_linear(layers, torch.eye(dim))
 
 
 @contextlib.contextmanager

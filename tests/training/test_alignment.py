@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -91,3 +92,13 @@ def test_what_cannot_be_aligned_is_refused(minilm: str) -> None:
         align_towers(light_model(), ["w1"] * 100)
     with pytest.raises(ValueError, match="epochs=0"):
         align_towers(light_model(), TEXTS, epochs=0)
+
+
+@pytest.mark.parametrize("hidden_dims", [(), (16,)])
+def test_a_static_embedding_starts_from_the_documents_embeddings_of_its_words(hidden_dims: tuple[int, ...]) -> None:
+    document = id_transformer(WORDS, hidden_size=16, num_hidden_layers=1)
+    query = Tower(id_embedding(WORDS, 8), hidden_dims=hidden_dims)
+    model = two_tower(query, Tower(document, hidden_dims=(16,)), embedding_dim=8, document_bias=True)
+    align_towers(model, TEXTS, epochs=1, learning_rate=1e-9)
+    found, expected = model.encode_query(WORDS), model.encode_document(WORDS)
+    np.testing.assert_allclose(found[:, :-1], expected[:, :-1], rtol=1e-4, atol=1e-5)
