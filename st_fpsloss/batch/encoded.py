@@ -12,7 +12,6 @@ from st_fpsloss.batch.clicks import ClickBatch
 from st_fpsloss.batch.distributed import Exchange, distinct_ids, gather_clicks
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.rows import first_of_each
-from st_fpsloss.losses.checks import check_shape
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,12 @@ def unique_by_id(columns: Sequence[Tensor], ids: Tensor | None, name: str) -> tu
     check_shape(name, ids, shape if name == "document_ids" else shape[1:])
     fingerprints, number = torch.unique(ids.to(rows.device).flatten(), return_inverse=True)
     return rows[first_of_each(number)], number.view(shape), fingerprints
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if a tensor is given and does not have the shape."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def _renumber(index: Tensor) -> tuple[Tensor, Tensor]:

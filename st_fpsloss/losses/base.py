@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
 from st_fpsloss.batch.distributed import Exchange, gather_clicks, world_size
-from st_fpsloss.batch.encoded import EncodedClicks, unique_by_id
+from st_fpsloss.batch.encoded import EncodedClicks, check_shape, unique_by_id
 from st_fpsloss.batch.known_positives import KnownPositives
 from st_fpsloss.encoding.frozen import FrozenEncoderCache
 from st_fpsloss.encoding.gradient_cache import CachedEncoding, encode
@@ -32,7 +32,6 @@ from st_fpsloss.losses.checks import (
     check_choice,
     check_embeddings,
     check_relevance,
-    check_shape,
     similarity_of,
 )
 from st_fpsloss.losses.diagnostics import DiagnosedLoss

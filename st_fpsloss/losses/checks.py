@@ -46,12 +46,6 @@ def check_cache_frozen(value: object) -> None:
         raise ValueError(f"`cache_frozen` must be True, False or a folder, new or of an earlier run, got {value!r}.")
 
 
-def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError if a tensor is given and does not have the shape."""
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
-
-
 def check_relevance(labels: Tensor | None, num_rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Relevance (M,) of a batch's rows: the labels, or 1 for every row.
 
