@@ -61,6 +61,14 @@ class LossArguments:
             "few as possible, false all, a number, as 16384, those of so many tokens",
         },
     )
+    cache_frozen: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "true",
+            "help": "keep what frozen encoders gave for a row; a folder keeps it for later runs",
+        },
+    )
     gather_across_devices: bool = field(default=False, metadata={"help": "negatives from all processes"})
 
 
@@ -109,6 +117,8 @@ def make_loss(
         raise ValueError(f"--{unknown[0]} is no argument of the loss {name!r} ({kind.__name__}): leave it out.")
     if arguments.cache_gradients is not None:
         given["cache_gradients"] = _flag_or_number(arguments.cache_gradients)
+    if arguments.cache_frozen is not None:
+        given["cache_frozen"] = {"true": True, "false": False}.get(arguments.cache_frozen, arguments.cache_frozen)
     settings = {argument: value for argument, value in chosen.items() if argument in known} | given
     if settings.get("log_q") == "none":
         settings["log_q"] = None

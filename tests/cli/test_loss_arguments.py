@@ -46,3 +46,12 @@ def test_cache_gradients_is_a_flag_or_a_number_of_tokens(
 def test_other_values_of_cache_gradients_are_refused(model: SentenceTransformer, word: str) -> None:
     with pytest.raises(ValueError, match=f"--cache_gradients {word}: .*whole number of tokens"):
         loss_of(model, f"--cache_gradients={word}")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [((), False), (("--cache_frozen",), True), (("--cache_frozen", "x"), "x")]
+)
+def test_cache_frozen_is_a_flag_or_a_folder(
+    model: SentenceTransformer, words: tuple[str, ...], expected: bool | str
+) -> None:
+    assert loss_of(model, *words).get_config_dict()["cache_frozen"] == expected
