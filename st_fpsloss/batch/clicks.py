@@ -27,12 +27,12 @@ class ClickBatch:
     Args:
         query: (M,) number of each row's query; -1 where the loss has no use for it and it is not encoded.
         document: (columns - 1, M) number of the positive and of each negative document; -1 likewise.
-        relevance: (M,) r; a row with r ≤ 0 is no positive.
+        relevance: (M,) r, in the precision that counts and weights are to have; a row with r ≤ 0 is no positive.
         query_fingerprints: (A,) int64 identity of each unique query.
         document_fingerprints: (B,) int64 identity of each unique document.
         query_log_q: (M,) log probability that one draw of a row's query is this one, or None.
         document_log_q: (columns - 1, M) log probability that one draw of a column is this document, or None.
-        known_positives: (2, K) further cells (query, document) that are no negatives, or None.
+        known_positives: (2, K) further index pairs (query, document) that are no negatives, or None.
         local_rows: the rows whose positives this process is to learn; all of them unless the batch spans processes.
     """
 
@@ -53,13 +53,13 @@ class ClickBatch:
         return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
     def false_negatives(self) -> Tensor:
-        """Cells (2, K), query and document, that are no negatives: positives anywhere in the batch, and known ones."""
+        """Index pairs (2, K), query and document, that are positives anywhere in the batch, or known ones; sorted."""
         rows = self.relevance > 0
-        cells = torch.stack([self.query[rows], self.document[0, rows]])
+        pairs = torch.stack([self.query[rows], self.document[0, rows]])
         if self.known_positives is not None:
-            cells = torch.cat([cells, self.known_positives], dim=1)
+            pairs = torch.cat([pairs, self.known_positives], dim=1)
         width = max(1, len(self.document_fingerprints))
-        flat = torch.unique(cells[0] * width + cells[1])
+        flat = torch.unique(pairs[0] * width + pairs[1])
         return torch.stack([flat // width, flat % width])
 
     def softmax_targets(
@@ -67,28 +67,28 @@ class ClickBatch:
     ) -> tuple[Tensor, SoftmaxTargets]:
         """What the full product softmax is to learn in one direction.
 
-        Query to document asks with the queries of the rows with r > 0 and lets every document column answer; document
-        to query asks with their documents and lets every row's query answer.
+        Query to document: the queries of the rows with r > 0 are the anchors, every document column is a candidate;
+        document to query: the documents of these rows are the anchors, every row's query is a candidate.
 
         Returns:
-            (anchors, targets): the numbers of the queries (or documents) that ask, and the targets of
+            (anchors, targets): the numbers of the queries (or documents) that are anchors, and the targets of
             :func:`~st_fpsloss.objectives.softmax.full_product_softmax` over these and all documents (or queries).
         """
         rows = torch.arange(len(self.relevance), device=self.relevance.device)[self.local_rows]
         rows = rows[self.relevance[rows] > 0]
-        cells = self.false_negatives() if duplicates == "mask" else None
+        masked = self.false_negatives() if duplicates == "mask" else None
         if direction == "query_to_doc":
-            asking, answering, num_anchor_rows, num_candidate_rows = self.query, self.document[0], *self._sizes
+            anchor_of, candidate_of, num_anchors, num_candidates = self.query, self.document[0], *self._sizes
             columns, column_log_q = self.document, self.document_log_q
         else:
-            answering, asking, num_candidate_rows, num_anchor_rows = self.query, self.document[0], *self._sizes
+            candidate_of, anchor_of, num_candidates, num_anchors = self.query, self.document[0], *self._sizes
             columns, column_log_q = self.query[None], None if self.query_log_q is None else self.query_log_q[None]
-            cells = None if cells is None else cells.flip(0)
+            masked = None if masked is None else masked.flip(0)
 
-        anchors, anchor = torch.unique(asking[rows], return_inverse=True)
-        false_negatives = None if cells is None else renumbered(cells, anchors, num_anchor_rows)
+        anchors, anchor = torch.unique(anchor_of[rows], return_inverse=True)
+        false_negatives = None if masked is None else renumbered(masked, anchors, num_anchors)
         frequencies = _ColumnFrequencies.count(
-            columns, column_log_q if log_q else None, num_candidate_rows, self.relevance.dtype
+            columns, column_log_q if log_q else None, num_candidates, self.relevance.dtype
         )
         positive_offset = negative_offset = None
         if log_q == "standard" and column_log_q is not None:
@@ -103,7 +103,7 @@ class ClickBatch:
             )
         return anchors, SoftmaxTargets(
             anchor=anchor,
-            candidate=answering[rows],
+            candidate=candidate_of[rows],
             weight=self.pair_weights(relevance)[rows],
             candidate_log_weight=frequencies.log_weight,
             false_negatives=false_negatives,
@@ -131,15 +131,15 @@ class _ColumnFrequencies:
 
     @staticmethod
     def count(columns: Tensor, log_q: Tensor | None, num_candidates: int, dtype: torch.dtype) -> _ColumnFrequencies:
-        held = columns >= 0
-        index = columns[held]
+        encoded = columns >= 0
+        index = columns[encoded]
         count_of = torch.bincount(index, minlength=num_candidates).to(dtype)
         if log_q is None:
             return _ColumnFrequencies(count_of, count_of.log(), None)
         # Columns of one document may come from different samplers, each with a log Q of its own.
-        cell_log_q = log_q[held].to(dtype)
-        inverse = torch.zeros_like(count_of).index_add_(0, index, torch.exp(-cell_log_q))
-        q = torch.zeros_like(count_of).index_add_(0, index, torch.exp(cell_log_q)) / count_of
+        column_log_q = log_q[encoded].to(dtype)
+        inverse = torch.zeros_like(count_of).index_add_(0, index, torch.exp(-column_log_q))
+        q = torch.zeros_like(count_of).index_add_(0, index, torch.exp(column_log_q)) / count_of
         return _ColumnFrequencies(count_of, inverse.log(), q)
 
     def correction(self, false_negatives: Tensor, num_anchors: int) -> Tensor:
@@ -150,7 +150,7 @@ class _ColumnFrequencies:
         return self.log_unmasked_q(false_negatives, num_anchors) - torch.log(n.clamp_min(1))
 
     def correction_by_columns(self, num_anchors: int) -> Tensor:
-        """The same with n / N for 1 - ΣQ, N the number of columns beside the positive's own: ``log(1 / N)``.
+        """The same with n / N for 1 - ΣQ, N the number of columns beside the positive's: ``log(1 / N)``.
 
         Right on average, whatever is masked, where ΣQ over the batch's masked documents leaves out those that no column
         holds; but it varies more from batch to batch.
@@ -165,9 +165,9 @@ class _ColumnFrequencies:
         return torch.log((1 - masked_q).clamp_min(1e-6))
 
 
-def renumbered(cells: Tensor, kept_rows: Tensor, num_rows: int) -> Tensor:
-    """Cells whose first entry is among ``kept_rows``, with its position there in its place."""
-    position = torch.full((num_rows,), -1, dtype=torch.int64, device=cells.device)
-    position[kept_rows] = torch.arange(len(kept_rows), device=cells.device)
-    row = position[cells[0]]
-    return torch.stack([row, cells[1]])[:, row >= 0]
+def renumbered(pairs: Tensor, kept_rows: Tensor, num_rows: int) -> Tensor:
+    """Index pairs whose first entry is among ``kept_rows``, with its position there in its place."""
+    position = torch.full((num_rows,), -1, dtype=torch.int64, device=pairs.device)
+    position[kept_rows] = torch.arange(len(kept_rows), device=pairs.device)
+    row = position[pairs[0]]
+    return torch.stack([row, pairs[1]])[:, row >= 0]

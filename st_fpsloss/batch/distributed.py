@@ -49,7 +49,7 @@ def gather_clicks(batch: ClickBatch) -> tuple[ClickBatch, Exchange]:
 
     Queries and documents that repeat on another rank are one row of the global batch, known by their fingerprints.
     """
-    ranks = [_unpack(packed) for packed in _gather_varying(_pack(batch))]
+    ranks = [_unpack(packed, batch.relevance.dtype) for packed in _gather_varying(_pack(batch))]
     num_queries = [len(rank.query_fingerprints) for rank in ranks]
     num_documents = [len(rank.document_fingerprints) for rank in ranks]
     sizes = [sum(pair) for pair in zip(num_queries, num_documents, strict=True)]
@@ -68,7 +68,7 @@ def gather_clicks(batch: ClickBatch) -> tuple[ClickBatch, Exchange]:
     merged = ClickBatch(
         query=torch.cat(queries),
         document=torch.cat(documents, dim=1),
-        relevance=torch.cat([rank.relevance for rank in ranks]).to(batch.relevance.dtype),
+        relevance=torch.cat([rank.relevance for rank in ranks]),
         query_fingerprints=query_fingerprints,
         document_fingerprints=document_fingerprints,
         query_log_q=_concatenated([rank.query_log_q for rank in ranks]),
@@ -87,18 +87,14 @@ def over_ranks(value: Tensor, operation: Literal["sum", "max"]) -> Tensor:
 
 
 def distinct_ids(count: int, device: torch.device) -> Tensor:
-    """Keys (count,) int64 of rows that are all different, from those of other ranks too."""
+    """Fingerprints (count,) int64 of rows that are all different, from those of other ranks too."""
     rank = dist.get_rank() if world_size() > 1 else 0
     return torch.arange(count, device=device) + (rank << 40)
 
 
-def gather_counts(fingerprints: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (N,) by distinct fingerprints (N,), summed over ranks."""
-    if world_size() == 1:
-        return fingerprints, counts
-    gathered = torch.cat(_gather_varying(torch.stack([fingerprints, counts], dim=1)))
-    merged, inverse = torch.unique(gathered[:, 0], return_inverse=True)
-    return merged, torch.zeros_like(merged).index_add_(0, inverse, gathered[:, 1])
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows (N, ...) of all ranks, in the order of ranks; their number may differ."""
+    return torch.cat(_gather_varying(rows)) if world_size() > 1 else rows
 
 
 def _merge(fingerprints: list[Tensor], numbers: list[Tensor], starts: list[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -126,12 +122,12 @@ def _pack(batch: ClickBatch) -> Tensor:
         _bits(batch.relevance),
     ]
     for log_q in (batch.query_log_q, batch.document_log_q):
-        parts.append(batch.query[:0] if log_q is None else _bits(log_q))
+        parts.append(batch.query[:0] if log_q is None else _bits(log_q.to(batch.relevance.dtype)))
     sizes = [len(part) for part in parts]
     return torch.cat([batch.query.new_tensor(sizes), *parts])
 
 
-def _unpack(packed: Tensor) -> ClickBatch:
+def _unpack(packed: Tensor, dtype: torch.dtype) -> ClickBatch:
     sizes = packed[:7].tolist()
     query, document, query_fingerprints, document_fingerprints, relevance, query_log_q, document_log_q = packed[
         7:
@@ -140,27 +136,28 @@ def _unpack(packed: Tensor) -> ClickBatch:
     return ClickBatch(
         query=query,
         document=document.view(-1, num_rows),
-        relevance=_floats(relevance),
+        relevance=_floats(relevance, dtype),
         query_fingerprints=query_fingerprints,
         document_fingerprints=document_fingerprints,
-        query_log_q=_floats(query_log_q) if len(query_log_q) else None,
-        document_log_q=_floats(document_log_q).view(-1, num_rows) if len(document_log_q) else None,
+        query_log_q=_floats(query_log_q, dtype) if len(query_log_q) else None,
+        document_log_q=_floats(document_log_q, dtype).view(-1, num_rows) if len(document_log_q) else None,
     )
 
 
 def _bits(values: Tensor) -> Tensor:
-    """Numbers as int64, by their float32 bits, since some accelerators have no float64."""
-    return values.flatten().float().view(torch.int32).long()
+    """Numbers (N,) as int64 by their bits; float32 unless they are float64, which some accelerators lack."""
+    values = values.flatten()
+    return values.view(torch.int64) if values.dtype == torch.float64 else values.float().view(torch.int32).long()
 
 
-def _floats(bits: Tensor) -> Tensor:
-    return bits.int().view(torch.float32)
+def _floats(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.view(dtype) if dtype == torch.float64 else bits.int().view(torch.float32)
 
 
 def _concatenated(parts: list[Tensor | None]) -> Tensor | None:
     """Rows of all ranks, along the last dimension; None if no rank has any."""
-    held = [part for part in parts if part is not None]
-    return torch.cat(held, dim=-1) if held else None
+    given = [part for part in parts if part is not None]
+    return torch.cat(given, dim=-1) if given else None
 
 
 def _gather_varying(rows: Tensor, sizes: list[int] | None = None) -> list[Tensor]:

@@ -58,8 +58,8 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Non
 
 def _renumber(index: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct entries of ``index`` that are not -1, and ``index`` in numbers of them."""
-    held = index >= 0
-    rows, number = torch.unique(index[held], return_inverse=True)
+    encoded = index >= 0
+    rows, number = torch.unique(index[encoded], return_inverse=True)
     numbers = torch.full_like(index, -1)
-    numbers[held] = number
+    numbers[encoded] = number
     return rows, numbers

@@ -15,7 +15,7 @@ from st_fpsloss.encoding.fingerprints import input_fingerprints
 
 
 class KnownPositives:
-    """Pairs (query, document) by the keys of their encoded rows.
+    """Pairs (query, document) by the fingerprints of their encoded rows.
 
     Args:
         model: the model whose towers preprocess the inputs.
@@ -35,12 +35,12 @@ class KnownPositives:
         order = np.argsort(queries, kind="stable")
         self._queries, self._documents = queries[order], documents[order]
 
-    def cells(self, query_fingerprints: Tensor, document_fingerprints: Tensor) -> Tensor:
+    def among(self, query_fingerprints: Tensor, document_fingerprints: Tensor) -> Tensor:
         """Known positives among a batch, O(positives of its queries).
 
         Args:
-            query_fingerprints: (A,) int64 keys of the batch's unique queries.
-            document_fingerprints: (B,) int64 keys of its unique documents.
+            query_fingerprints: (A,) int64, of the batch's unique queries.
+            document_fingerprints: (B,) int64, of its unique documents.
 
         Returns:
             (2, K) numbers of the query and of the document of each.

@@ -1,7 +1,7 @@
 """Which documents are the negatives of which click: columns named for it, or the columns of the whole batch.
 
-Turns a :class:`st_fpsloss.batch.clicks.ClickBatch` into the cells that the losses on pairs, on sampled negatives and on
-single cells work on. Everything is O(rows + columns + positives): the M×M cells are never listed.
+Turns a :class:`st_fpsloss.batch.clicks.ClickBatch` into what the losses on pairs, on sampled negatives and on all index
+pairs work on. Everything is O(rows + columns + positives): the M×M index pairs are never listed.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Positives:
 
     def is_local(self, batch: ClickBatch) -> Tensor:
         """The positives (P,), as bool, that this process is to learn."""
-        own = torch.zeros(len(batch.relevance), dtype=torch.bool, device=self.row.device)
-        own[batch.local_rows] = True
-        return own[self.row]
+        is_local = torch.zeros(len(batch.relevance), dtype=torch.bool, device=self.row.device)
+        is_local[batch.local_rows] = True
+        return is_local[self.row]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class NegativePairs:
     Args:
         positive: (K,) number of the positive (an index of :class:`Positives`) that each negative belongs to.
         document: (K,) number of the negative document.
-        count: (K,) how many negatives the cell stands for.
+        count: (K,) how many columns the negative stands for.
         column: (2, K) document column and row that the negative stands in, or None for documents without a place.
     """
 
@@ -76,19 +76,19 @@ class NegativePairs:
 
 
 def pair_logits(
-    queries: Tensor, documents: Tensor, alpha: Tensor, positives: Positives, cells: NegativePairs
+    queries: Tensor, documents: Tensor, alpha: Tensor, positives: Positives, negatives: NegativePairs
 ) -> tuple[Tensor, Tensor]:
     """R = α·(dot product) of the positives (P,) and of their negatives (K,), from unique embeddings."""
-    rows = torch.cat([positives.query, positives.query[cells.positive]])
-    columns = torch.cat([positives.document, cells.document])
+    rows = torch.cat([positives.query, positives.query[negatives.positive]])
+    columns = torch.cat([positives.document, negatives.document])
     positive, negative = (alpha * indexed_dot(queries, documents, rows, columns)).split(
-        [len(positives.row), len(cells.positive)]
+        [len(positives.row), len(negatives.positive)]
     )
     return positive, negative
 
 
 def explicit_negatives(batch: ClickBatch, positives: Positives, duplicates: Duplicates) -> NegativePairs:
-    """The negatives that each positive's own row names, and what was shown to its query and not clicked.
+    """The negatives in the columns of each positive's row, and what was shown to its query and not clicked.
 
     Args:
         batch: the clicks; a row's negatives are its document columns after the first.
@@ -106,7 +106,7 @@ def explicit_negatives(batch: ClickBatch, positives: Positives, duplicates: Dupl
     column = torch.cat([named, shown], dim=1)
     document = batch.document[column[0], column[1]]
     if duplicates == "mask":
-        kept = ~_is_cell_of(
+        kept = ~_is_pair_of(
             batch.false_negatives(), positives.query[positive], document, len(batch.document_fingerprints)
         )
         positive, document, column = positive[kept], document[kept], column[:, kept]
@@ -116,39 +116,40 @@ def explicit_negatives(batch: ClickBatch, positives: Positives, duplicates: Dupl
 def in_batch_negatives(batch: ClickBatch, positives: Positives, duplicates: Duplicates) -> InBatchPairs:
     """Every positive with every document column of the batch.
 
-    ``"mask"`` leaves out documents that are positives of the query; ``"keep"`` only the positive's own column.
+    ``"mask"`` leaves out documents that are positives of the query; ``"keep"`` only the positive's column.
     """
     count = _column_counts(batch)
     if duplicates == "keep":
         group = torch.arange(len(positives.row), device=count.device)
-        cells, removed = torch.stack([group, positives.document]), torch.ones_like(positives.weight)
+        false_negatives = torch.stack([group, positives.document])
+        removed = torch.ones_like(positives.weight)
     else:
         queries, group = torch.unique(positives.query, return_inverse=True)
-        cells = renumbered(batch.false_negatives(), queries, len(batch.query_fingerprints))
-        removed = count[cells[1]]
-    return InBatchPairs(positives.document, positives.weight, group, count, cells, removed)
+        false_negatives = renumbered(batch.false_negatives(), queries, len(batch.query_fingerprints))
+        removed = count[false_negatives[1]]
+    return InBatchPairs(positives.document, positives.weight, group, count, false_negatives, removed)
 
 
 def sigmoid_targets(batch: ClickBatch, relevance: Relevance, duplicates: Duplicates) -> SigmoidTargets:
-    """Every row's query against every document column; a yes at the row's own document if r > 0.
+    """Every row's query against every document column; positive at the row's first document if r > 0.
 
-    Cells are divided by the sum of the weights of rows with r > 0. With ``relevance="weight"`` a row's cells weigh r;
+    Weights are divided by the sum of those of rows with r > 0. With ``relevance="weight"`` a row's pairs weigh r;
     those of a row with r ≤ 0, all of them negatives, weigh 1.
     """
     positives = Positives.of(batch, relevance)
-    mine = positives.select(positives.is_local(batch))
+    positives = positives.select(positives.is_local(batch))
     weight = _row_weights(batch, relevance)[batch.local_rows]
     count = _column_counts(batch)
     query_weight = torch.zeros(len(batch.query_fingerprints), dtype=weight.dtype, device=weight.device)
     query_weight.index_add_(0, batch.query[batch.local_rows], weight)
 
-    yes = torch.stack([mine.query, mine.document])
+    pairs = torch.stack([positives.query, positives.document])
     if duplicates == "keep":
-        false_negatives, removed = yes, mine.weight
+        false_negatives, removed = pairs, positives.weight
     else:
         false_negatives = batch.false_negatives()
         removed = query_weight[false_negatives[0]] * count[false_negatives[1]]
-    return SigmoidTargets(query_weight, count, false_negatives, removed, yes, mine.weight)
+    return SigmoidTargets(query_weight, count, false_negatives, removed, pairs, positives.weight)
 
 
 def _row_weights(batch: ClickBatch, relevance: Relevance) -> Tensor:
@@ -161,8 +162,8 @@ def _row_weights(batch: ClickBatch, relevance: Relevance) -> Tensor:
 
 def _column_counts(batch: ClickBatch) -> Tensor:
     """How many document columns (B,) hold each document."""
-    held = batch.document[batch.document >= 0]
-    return torch.bincount(held, minlength=len(batch.document_fingerprints)).to(batch.relevance.dtype)
+    encoded = batch.document[batch.document >= 0]
+    return torch.bincount(encoded, minlength=len(batch.document_fingerprints)).to(batch.relevance.dtype)
 
 
 def _shown_to_the_same_query(batch: ClickBatch, positives: Positives) -> tuple[Tensor, Tensor]:
@@ -181,9 +182,9 @@ def _join(values: Tensor, sorted_values: Tensor) -> tuple[Tensor, Tensor]:
     return number, torch.arange(len(number), device=number.device) + (begin - matches.cumsum(0) + matches)[number]
 
 
-def _is_cell_of(cells: Tensor, query: Tensor, document: Tensor, num_documents: int) -> Tensor:
-    """Whether each (query, document) is among the sorted ``cells`` (2, C)."""
-    if cells.shape[1] == 0:
+def _is_pair_of(pairs: Tensor, query: Tensor, document: Tensor, num_documents: int) -> Tensor:
+    """Whether each (query, document) is among the sorted index ``pairs`` (2, C)."""
+    if pairs.shape[1] == 0:
         return torch.zeros_like(query, dtype=torch.bool)
-    flat, wanted = (pair[0] * num_documents + pair[1] for pair in (cells, (query, document)))
+    flat, wanted = (pair[0] * num_documents + pair[1] for pair in (pairs, (query, document)))
     return flat[torch.searchsorted(flat, wanted).clamp_max(len(flat) - 1)] == wanted

@@ -120,6 +120,9 @@ class FrequencySketch(Frequencies):
         mean = np.bincount(group, counts * np.log(counts)) / draws
         return read.astype(np.float64), isotonic_regression(mean, sample_weight=draws)
 
+    def _known_counts(self) -> np.ndarray:
+        return self._sample.values
+
     def _num_distinct(self) -> float:
         return len(self._sample) * 2.0**self._halvings
 

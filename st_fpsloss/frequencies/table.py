@@ -112,9 +112,9 @@ class Frequencies(ABC):
         drawn = counts.cpu().numpy().astype(np.float64)
         if self.half_life is not None:
             self._age(drawn.sum() / self.half_life)
-        weighted = drawn * 2.0**self._log2_weight
-        self._total += float(weighted.sum())
-        self._add(keys.cpu().numpy(), weighted)
+        weight = 2.0**self._log2_weight
+        self._total += float(drawn.sum()) * weight  # whole numbers first: the same in whatever order rows come
+        self._add(keys.cpu().numpy(), drawn * weight)
 
     def _age(self, half_lives: float) -> None:
         self._log2_weight += half_lives
@@ -125,17 +125,40 @@ class Frequencies(ABC):
         self._total *= factor
         self._scale(factor)
 
-    def log_q(self, keys: Tensor) -> Tensor:
-        """Log probability (N,) float32 that one draw is each of the ``keys`` (N,) int64.
+    def log_q(
+        self, fingerprints: Tensor, further: FrequencyTable | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Log probability (N,) that one draw is each of the ``fingerprints`` (N,) int64.
 
-        Before anything is counted, these are all that is known, and one is as probable as the other.
+        Before anything is counted, these are all that is known, and one is as probable as the other. A row that was
+        never drawn counts like the rarest that was, where the prior is 0.
+
+        Args:
+            fingerprints: the rows.
+            further: draws that are counted beside those of this table.
+            dtype: of the result.
         """
-        if not self._total:
-            return torch.full((len(keys),), -math.log(max(1, len(keys))), device=keys.device)
-        counts = self._counts_of(keys.cpu().numpy()) * 2.0**-self._log2_weight + self.prior
-        total = self.total + self.prior * max(1.0, self._num_distinct())
-        q = np.maximum(counts, np.finfo(np.float32).tiny) / (total if total > 0 else 1.0)
-        return torch.as_tensor(np.log(q), dtype=torch.float32, device=keys.device)
+        wanted = fingerprints.cpu().numpy()
+        drawn, total, num_distinct = self._drawn(wanted), self.total, self._num_distinct()
+        if further is not None and len(further):
+            drawn, total = drawn + further._drawn(wanted), total + further.total
+            num_distinct += int((self._drawn(further.counts()[0]) == 0).sum())
+        if not total:
+            return torch.full((len(wanted),), -math.log(max(1, len(wanted))), dtype=dtype, device=fingerprints.device)
+        counts = drawn + self.prior
+        if not counts.all():
+            counts[counts == 0] = self._rarest() if self._total else 1.0
+        q = counts / (total + self.prior * max(1.0, num_distinct))
+        return torch.as_tensor(np.log(q), dtype=dtype, device=fingerprints.device)
+
+    def _drawn(self, fingerprints: np.ndarray) -> np.ndarray:
+        """How often (N,) each row was drawn, with a half-life what is left of it."""
+        return self._counts_of(fingerprints) * 2.0**-self._log2_weight
+
+    def _rarest(self) -> float:
+        """How often the rarest row was drawn that was drawn at all."""
+        counts = self._known_counts()
+        return float(counts[counts > 0].min()) * 2.0**-self._log2_weight
 
     def export_state(self) -> dict[str, Any]:
         """What was counted, as values that JSON keeps exact to the bit; the settings are not part of it."""
@@ -172,6 +195,10 @@ class Frequencies(ABC):
     @abstractmethod
     def _counts_of(self, keys: np.ndarray) -> np.ndarray:
         """Weighted counts (N,) of (N,) keys."""
+
+    @abstractmethod
+    def _known_counts(self) -> np.ndarray:
+        """Weighted counts of rows, all of them or a sample."""
 
     @abstractmethod
     def _num_distinct(self) -> float:
@@ -222,8 +249,15 @@ class FrequencyTable(Frequencies):
     def _counts_of(self, keys: np.ndarray) -> np.ndarray:
         return self._counts.of(keys)
 
+    def _known_counts(self) -> np.ndarray:
+        return self._counts.values
+
     def _num_distinct(self) -> float:
         return len(self)
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fingerprints (N,) int64 of all rows that were drawn, and how often each was."""
+        return self._counts.keys, self._counts.values * 2.0**-self._log2_weight
 
     def _export_counts(self) -> dict[str, Any]:
         return self._counts.export_state()

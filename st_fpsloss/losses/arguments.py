@@ -11,6 +11,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from typing import Any, Literal, TypedDict, get_type_hints
 
 from st_fpsloss.batch.clicks import Duplicates, LogQ, Relevance
@@ -127,30 +128,41 @@ Inputs:
 
 
 def complete(loss: type) -> None:
-    """Give a loss that names its arguments the whole signature, and the docstring that explains all of it."""
+    """Give a loss that names its arguments the whole signature, by keyword and position, and the docstring for it."""
     init: Callable[..., None] | None = loss.__dict__.get("__init__")
-    if init is None:
+    if init is None or not str([*inspect.signature(init).parameters.values()][-1].annotation).startswith("Unpack["):
         return
-    init.__signature__ = _signature(loss, init)  # type: ignore[attr-defined]
+    signature = _signature(loss, init)
+    names = list(signature.parameters)[1:]
+
+    @wraps(init)
+    def by_contract(self: object, *args: Any, **kwargs: Any) -> None:
+        signature.bind(self, *args, **kwargs)  # raises the TypeError that names what is wrong
+        init(self, **dict(zip(names, args, strict=False)), **kwargs)
+
+    by_contract.__signature__ = signature  # type: ignore[attr-defined]
+    loss.__init__ = by_contract  # type: ignore[misc]
     if loss.__doc__ and "\nArgs:\n" in (doc := inspect.cleandoc(loss.__doc__)):
-        loss.__doc__ = _docstring(doc, list(init.__signature__.parameters)[1:])  # type: ignore[attr-defined]
+        loss.__doc__ = _docstring(doc, names)
 
 
 def _signature(loss: type, init: Callable[..., None]) -> inspect.Signature:
     """That of ``__init__``, with the arguments behind its ``**`` in place, as base classes declare them."""
-    own = inspect.signature(init)
-    *named, last = own.parameters.values()
-    if not str(last.annotation).startswith("Unpack["):
-        return own
-    (names,) = get_type_hints(init)[last.name].__args__
+    bare = inspect.signature(init)
+    *named, last = bare.parameters.values()
+    (typed_dict,) = get_type_hints(init)[last.name].__args__
     parameters = {one.name: one for one in named}
     for base in loss.__mro__[1:]:
-        if "__init__" in base.__dict__:
-            declared = inspect.signature(base.__dict__["__init__"]).parameters
-            parameters = {**{name: declared[name] for name in get_type_hints(names) if name in declared}, **parameters}
+        declared = inspect.signature(base.__init__).parameters if "__init__" in base.__dict__ else {}  # type: ignore[misc]
+        for name in get_type_hints(typed_dict).keys() & declared.keys():
+            parameters.setdefault(name, declared[name])
+    by_position = [
+        one if one.default is one.empty else one.replace(kind=one.POSITIONAL_OR_KEYWORD) for one in parameters.values()
+    ]
     order = {name: number for number, name in enumerate(ARGUMENTS)}
-    by_contract = sorted(parameters.values(), key=lambda one: (one.kind, order.get(one.name, -(one.name == "self"))))
-    return own.replace(parameters=by_contract)
+    return bare.replace(
+        parameters=sorted(by_position, key=lambda one: (one.kind, order.get(one.name, -(one.name == "self"))))
+    )
 
 
 def _docstring(doc: str, names: list[str]) -> str:

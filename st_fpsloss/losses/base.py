@@ -92,7 +92,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         self.mini_batch_num_tokens = mini_batch_num_tokens
         check_cache_gradients(cache_gradients)
         self.cache_gradients = cache_gradients
-        self.uses_gradient_cache = cache_gradients is not False  # MatryoshkaLoss asks
+        self.uses_gradient_cache = cache_gradients is not False  # read by MatryoshkaLoss
         self._memory_budget = MemoryBudget()
         check_cache_frozen(cache_frozen)
         self.cache_frozen = cache_frozen
@@ -124,8 +124,11 @@ class ClickLoss(DiagnosedLoss, ABC):
         if self.known_positives is None:
             return batch
         return replace(
-            batch, known_positives=self.known_positives.cells(batch.query_fingerprints, batch.document_fingerprints)
+            batch, known_positives=self.known_positives.among(batch.query_fingerprints, batch.document_fingerprints)
         )
+
+    def share_over_ranks(self) -> None:
+        """What ranks tell each other after a step, which every rank calls, whatever data set it drew from."""
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """The loss of a batch as the trainer collates it.
@@ -146,7 +149,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         self.check_batch(len(columns), labels)
         self._warn_without_callback()
         self.clamp_()
-        relevance = check_relevance(labels, len(columns[0]), columns[0].lengths.device, torch.float32)
+        relevance = check_relevance(labels, len(columns[0]), columns[0].lengths.device, self._dtype)
         num_tokens = self._num_tokens(relevance.device)
         needed = self.needed_rows(relevance, columns)
         needed = [_at_least_one(rows) if number < 2 else rows for number, rows in enumerate(needed)]
@@ -226,6 +229,9 @@ class ClickLoss(DiagnosedLoss, ABC):
         return self._loss(queries, documents, *gather_clicks(batch))
 
     def _loss(self, queries: Tensor, documents: Tensor, batch: ClickBatch, exchange: Exchange | None = None) -> Tensor:
+        dtype = torch.promote_types(queries.dtype, batch.relevance.dtype)
+        if dtype != batch.relevance.dtype:  # counts and weights are as precise as the embeddings
+            batch = replace(batch, relevance=batch.relevance.to(dtype))
         if self.similarity == "cosine":
             queries, documents = normalize(queries, dim=-1), normalize(documents, dim=-1)
         if exchange is not None:
@@ -235,10 +241,6 @@ class ClickLoss(DiagnosedLoss, ABC):
         if exchange is None:
             return self.objective(queries, documents, batch)
         return self.objective(queries, documents, batch) * world_size()
-
-    @property
-    def _gathers(self) -> bool:
-        return self.gather_across_devices and world_size() > 1
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
@@ -257,6 +259,11 @@ class ClickLoss(DiagnosedLoss, ABC):
         if self.cache_gradients == "auto":
             return self._memory_budget
         return TokenBudget(mini_batch_num_tokens if self.cache_gradients is True else self.cache_gradients)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of relevance, counts and log Q: float32, in a float64 model float64."""
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
 
     def _num_tokens(self, device: torch.device) -> int:
         default = _NUM_TOKENS_CPU if device.type == "cpu" else _NUM_TOKENS_ACCELERATOR

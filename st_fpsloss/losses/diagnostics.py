@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
+from st_fpsloss.batch.distributed import world_size
 from st_fpsloss.batch.known_positives import KnownPositives
 from st_fpsloss.batch.statistics import masked_share, norm_popularity, repeated_rows
 from st_fpsloss.losses.arguments import Similarity
@@ -39,18 +40,21 @@ class DiagnosedLoss(ScaledLoss):
     relevance: Relevance
     duplicates: Duplicates
     known_positives: KnownPositives | None
+    gather_across_devices: bool
     last_batch: tuple[Tensor, Tensor, ClickBatch] | None
     """Distinct queries (A, dim) and documents (B, dim) of the last training batch, and its clicks."""
 
-    def check_setting(self, model: nn.Module | None, args: TrainingArguments) -> None:
+    def check_setting(self, model: nn.Module | None, args: TrainingArguments, dataset: Any = None) -> None:
         """Refuse what would train nothing, or mask nothing, and look healthy.
 
         Args:
             model: the trainer's model, None where it is not known.
             args: the training arguments.
+            dataset: the data set of the trainer's data loader.
 
         Raises:
-            ValueError: If the loss was made for another model, or has known positives while the arguments have prompts.
+            ValueError: If the loss was made for another model, has known positives while the arguments have prompts, or
+                gathers over ranks that draw from several data sets.
         """
         if model is not None and _unwrapped(self.model) is not _unwrapped(model):
             kind = type(self).__name__
@@ -67,6 +71,16 @@ class DiagnosedLoss(ScaledLoss):
                 f"{prompts!r}: none would be recognised, and none masked. Leave out one of the two, or put the prompts "
                 "into the texts themselves, those of the data set and those of `known_positives`."
             )
+        if self._gathers and len(getattr(dataset, "datasets", ())) > 1:
+            raise ValueError(
+                "`gather_across_devices=True` needs one data set: of several, each rank draws by itself, so that one "
+                "softmax would have rows of different ones. Pass gather_across_devices=False, or train one after the "
+                "other."
+            )
+
+    @property
+    def _gathers(self) -> bool:
+        return self.gather_across_devices and world_size() > 1
 
     def setting_warnings(self, model: SentenceTransformer) -> list[str]:
         """What is wrong with the settings, known before training; a sentence each, with its cure."""

@@ -70,7 +70,7 @@ class FPSLoss(LogQLoss):
         self.directions = _check_directions(directions)
 
     def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows]) -> list[Tensor | None]:
-        """Queries of rows with r ≤ 0 ask nothing, and document to query knows no negative documents."""
+        """Query to document, rows with r ≤ 0 have no anchor; document to query knows no negative documents."""
         positive = relevance > 0
         if self.directions == ("query_to_doc",):
             return [positive, *[None] * (len(columns) - 1)]
@@ -96,9 +96,9 @@ class FPSLoss(LogQLoss):
         losses = []
         for direction in self.directions:
             self.check_log_q("document_log_q" if direction == "query_to_doc" else "query_log_q", batch)
-            asking, answering = (queries, documents) if direction == "query_to_doc" else (documents, queries)
+            anchor_rows, candidates = (queries, documents) if direction == "query_to_doc" else (documents, queries)
             anchors, targets = batch.softmax_targets(direction, self.relevance, self.duplicates, self.log_q)
-            losses.append(full_product_softmax(asking[anchors], answering, alpha, targets))
+            losses.append(full_product_softmax(anchor_rows[anchors], candidates, alpha, targets))
         return torch.stack(losses).mean()
 
     def setting_warnings(self, model: SentenceTransformer) -> list[str]:

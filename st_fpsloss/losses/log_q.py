@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from typing_extensions import Unpack
 
 from st_fpsloss.batch.clicks import ClickBatch, LogQ
-from st_fpsloss.batch.distributed import gather_counts
+from st_fpsloss.batch.distributed import gather_rows, world_size
 from st_fpsloss.encoding.rows import Features
 from st_fpsloss.frequencies.table import Frequencies, FrequencyTable
 from st_fpsloss.losses.arguments import ClickArguments
@@ -40,11 +41,13 @@ class LogQLoss(ClickLoss):
         self.log_q = log_q
         given = _checked_frequencies(frequencies, log_q)
         self.frequencies: dict[str, Frequencies] = {"query": FrequencyTable(), "document": FrequencyTable(), **given}
+        # What this rank drew since ranks last told each other; the tables hold what all of them drew before.
+        self._drawn_here = {side: FrequencyTable() for side in self.frequencies}
         self._last_features: Any = None
         self._counts = True
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
-        """The loss of a batch, which is counted once, also where MatryoshkaLoss asks for it at each of its dimensions.
+        """The loss of a batch, which is counted once, also where MatryoshkaLoss calls it for each of its dimensions.
 
         Arguments, result and errors are those of :meth:`ClickLoss.forward`.
         """
@@ -56,7 +59,7 @@ class LogQLoss(ClickLoss):
         self,
         side: str,
         index: Tensor,
-        keys: Tensor,
+        fingerprints: Tensor,
         drawn: slice = slice(None),
     ) -> Tensor:
         """Log Q of each entry of ``index``, after counting what the batch drew.
@@ -64,7 +67,7 @@ class LogQLoss(ClickLoss):
         Args:
             side: the table, ``"query"`` or ``"document"``.
             index: numbers of rows, of any shape; -1 where there is none.
-            keys: (N,) int64 identity of each numbered row.
+            fingerprints: (N,) int64 identity of each numbered row.
             drawn: the part of ``index`` that was drawn by the distribution that Q is to be.
 
         Returns:
@@ -74,12 +77,28 @@ class LogQLoss(ClickLoss):
         # The trainer evaluates without gradients, but leaves the loss in training mode.
         if self.training and torch.is_grad_enabled() and self._counts and not table.frozen:
             seen = index[drawn]
-            counts = torch.bincount(seen[seen >= 0], minlength=len(keys))
-            counted = keys[counts > 0], counts[counts > 0]
-            # Tables agree on all ranks: a batch that does not span them is counted on all of them all the same.
-            table.update(*counted if self._gathers else gather_counts(*counted))
-        log_q = table.log_q(keys)
+            counts = torch.bincount(seen[seen >= 0], minlength=len(fingerprints))
+            # No collective here: at one step, ranks may draw from different data sets, each with its loss.
+            counted_by = table if self._gathers or world_size() == 1 else self._drawn_here[side]
+            counted_by.update(fingerprints[counts > 0], counts[counts > 0])
+        log_q = table.log_q(fingerprints, self._drawn_here[side], self._dtype)
         return torch.cat([log_q, log_q.new_zeros(1)])[index]  # the entry after the last is found at -1
+
+    def share_over_ranks(self) -> None:
+        """Count what all ranks drew in this step, so that their tables agree."""
+        if self.log_q is None or self._gathers or world_size() == 1:
+            return
+        parts = []
+        for number, table in enumerate(self._drawn_here.values()):
+            fingerprints, counts = table.counts()
+            parts.append(np.stack([np.full(len(counts), number), fingerprints, counts.astype(np.int64)], axis=1))
+        rows = gather_rows(torch.as_tensor(np.concatenate(parts), device=self.logit_scale.device))
+        for number, side in enumerate(self._drawn_here):
+            _, fingerprint, count = rows[rows[:, 0] == number].T
+            distinct, inverse = torch.unique(fingerprint, return_inverse=True)
+            if len(distinct):
+                self.frequencies[side].update(distinct, torch.zeros_like(distinct).index_add_(0, inverse, count))
+            self._drawn_here[side] = FrequencyTable()
 
     def check_log_q(self, name: str, batch: ClickBatch) -> None:
         """Raise a ValueError if the log Q that is to be corrected for is not there."""

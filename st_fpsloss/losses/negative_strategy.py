@@ -70,17 +70,17 @@ class NegativeStrategy:
     def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows], gathers: bool) -> list[Tensor | None]:
         """For each column, the (M,) bool rows whose embeddings are used.
 
-        A query of a row with r ≤ 0 asks nothing. In-batch, its document is a negative of all others; explicit, of the
-        positives of its own query, wherever in the batch (or, if ``gathers``, on other ranks) these are.
+        A row with r ≤ 0 has no positive. In-batch, its document is a negative of all others; explicit, of the positives
+        of the same query, wherever in the batch (or, if ``gathers``, on other ranks) these are.
         """
         positive = relevance > 0
         if not self.is_explicit(len(columns) - 1):
             return [positive, *[None] * (len(columns) - 1)]
-        of_asking_query: Tensor | None = None
+        of_anchor: Tensor | None = None
         if not gathers:
-            keys = columns[0].fingerprints()
-            of_asking_query = torch.isin(keys, keys[positive])
-        return [of_asking_query, of_asking_query, *[positive] * (len(columns) - 2)]
+            fingerprints = columns[0].fingerprints()
+            of_anchor = torch.isin(fingerprints, fingerprints[positive])
+        return [of_anchor, of_anchor, *[positive] * (len(columns) - 2)]
 
     def has_negatives(self, batch: ClickBatch, relevance: Relevance, duplicates: Duplicates) -> bool:
         """Whether any row with r > 0 has a negative."""

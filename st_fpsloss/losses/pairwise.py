@@ -41,17 +41,17 @@ class PairwiseLoss(ClickLoss):
         self.strategy.check(num_columns, labels)
 
     def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows]) -> list[Tensor | None]:
-        """Rows with r ≤ 0 ask nothing; what they are negatives of depends on the choice of negatives."""
+        """Rows with r ≤ 0 have no positive; what they are negatives of depends on the choice of negatives."""
         return self.strategy.needed_rows(relevance, columns, self._gathers)
 
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
         """Weighted mean of the loss over all pairs of the batch."""
         positives = Positives.of(batch, self.relevance)
         if self.strategy.is_explicit(len(batch.document)):
-            cells = explicit_negatives(batch, positives, self.duplicates)
-            total = (positives.weight[cells.positive] * cells.count).sum()
-            own = positives.is_local(batch)
-            loss = self._over_pairs(queries, documents, positives.select(own), cells.of(own))
+            negatives = explicit_negatives(batch, positives, self.duplicates)
+            total = (positives.weight[negatives.positive] * negatives.count).sum()
+            is_local = positives.is_local(batch)
+            loss = self._over_pairs(queries, documents, positives.select(is_local), negatives.of(is_local))
         else:
             loss, total = self._in_batch(queries, documents, batch, positives)
         return loss / total.clamp_min(torch.finfo(total.dtype).tiny)
@@ -62,25 +62,25 @@ class PairwiseLoss(ClickLoss):
         """Weighted sum over this process's pairs, and the weight of the pairs of all processes."""
         pairs = in_batch_negatives(batch, positives, self.duplicates)
         num_pairs = pairs.pairs_of_each_row()
-        mine = positives
+        local = positives
         if self._gathers:
-            mine = positives.select(positives.is_local(batch))
-            pairs = in_batch_negatives(batch, mine, self.duplicates)
+            local = positives.select(positives.is_local(batch))
+            pairs = in_batch_negatives(batch, local, self.duplicates)
         if self.strategy.hardest is not None:
             num_pairs = num_pairs.clamp_max(self.strategy.hardest)
-            cells = self.strategy.hardest_of(pairs, queries[mine.query], documents)
-            loss = self._over_pairs(queries, documents, mine, cells)
+            negatives = self.strategy.hardest_of(pairs, queries[local.query], documents)
+            loss = self._over_pairs(queries, documents, local, negatives)
         else:
             alpha = self.logit_scale.exp()
-            loss, weight = in_batch_pairs(queries[mine.query], documents, alpha, pairs, self.pair_objective)
+            loss, weight = in_batch_pairs(queries[local.query], documents, alpha, pairs, self.pair_objective)
             if self.strategy.semi_hard:  # which pairs count depends on the embeddings
                 return loss, over_ranks(weight, "sum") if self._gathers else weight
         return loss, (positives.weight * num_pairs).sum()
 
-    def _over_pairs(self, queries: Tensor, documents: Tensor, positives: Positives, cells: NegativePairs) -> Tensor:
-        positive, negative = pair_logits(queries, documents, self.logit_scale.exp(), positives, cells)
-        weight = positives.weight[cells.positive] * cells.count
-        return (weight * self.pair_objective.value(positive[cells.positive] - negative)).sum()
+    def _over_pairs(self, queries: Tensor, documents: Tensor, positives: Positives, negatives: NegativePairs) -> Tensor:
+        positive, negative = pair_logits(queries, documents, self.logit_scale.exp(), positives, negatives)
+        weight = positives.weight[negatives.positive] * negatives.count
+        return (weight * self.pair_objective.value(positive[negatives.positive] - negative)).sum()
 
     def has_negatives(self, batch: ClickBatch) -> bool:
         """Whether any row with r > 0 has a negative."""

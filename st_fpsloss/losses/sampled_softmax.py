@@ -68,7 +68,7 @@ class SampledSoftmaxLoss(LogQLoss):
         self.strategy.check(num_columns, labels)
 
     def needed_rows(self, relevance: Tensor, columns: Sequence[TokenizedRows]) -> list[Tensor | None]:
-        """Rows with r ≤ 0 ask nothing; what they are negatives of depends on the choice of negatives."""
+        """Rows with r ≤ 0 have no positive; what they are negatives of depends on the choice of negatives."""
         return self.strategy.needed_rows(relevance, columns, self._gathers)
 
     def add_corrections(self, batch: ClickBatch) -> ClickBatch:
@@ -88,31 +88,31 @@ class SampledSoftmaxLoss(LogQLoss):
             anchors, targets = batch.softmax_targets("query_to_doc", self.relevance, self.duplicates, self.log_q)
             return full_product_softmax(queries[anchors], documents, self.logit_scale.exp(), targets)
         positives = Positives.of(batch, self.relevance)
-        own = positives.is_local(batch)
-        mine = positives.select(own)
+        is_local = positives.is_local(batch)
+        local = positives.select(is_local)
         if explicit:
-            cells = explicit_negatives(batch, positives, self.duplicates).of(own)
+            negatives = explicit_negatives(batch, positives, self.duplicates).of(is_local)
         else:
-            pairs = in_batch_negatives(batch, mine, self.duplicates)
-            cells = self.strategy.hardest_of(pairs, queries[mine.query], documents)
-        return self._over_pairs(queries, documents, batch, mine, cells)
+            pairs = in_batch_negatives(batch, local, self.duplicates)
+            negatives = self.strategy.hardest_of(pairs, queries[local.query], documents)
+        return self._over_pairs(queries, documents, batch, local, negatives)
 
     def _over_pairs(
-        self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives, cells: NegativePairs
+        self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives, negatives: NegativePairs
     ) -> Tensor:
-        """Softmax of each positive over its own negatives; a positive without any has no loss."""
+        """Softmax of each positive over its negatives; a positive without any has no loss."""
         alpha = self.logit_scale.exp()
-        positive, negative = pair_logits(queries, documents, alpha, positives, cells)
-        negative = negative + cells.count.log()
-        if self.log_q is not None and batch.document_log_q is not None and cells.column is not None:
+        positive, negative = pair_logits(queries, documents, alpha, positives, negatives)
+        negative = negative + negatives.count.log()
+        if self.log_q is not None and batch.document_log_q is not None and negatives.column is not None:
             log_q = batch.document_log_q.to(negative.dtype)
             if self.log_q == "standard":
                 positive = positive - log_q[0, positives.row]
-            negative = negative + self._log_weights(log_q, batch.log_unmasked_q()[positives.query], cells)
-        asking, row = torch.unique(cells.positive, return_inverse=True)
-        return (positives.weight[asking] * sampled_softmax(positive[asking], negative, row)).sum()
+            negative = negative + self._log_weights(log_q, batch.log_unmasked_q()[positives.query], negatives)
+        with_negatives, row = torch.unique(negatives.positive, return_inverse=True)
+        return (positives.weight[with_negatives] * sampled_softmax(positive[with_negatives], negative, row)).sum()
 
-    def _log_weights(self, log_q: Tensor, log_unmasked_q: Tensor, cells: NegativePairs) -> Tensor:
+    def _log_weights(self, log_q: Tensor, log_unmasked_q: Tensor, negatives: NegativePairs) -> Tensor:
         """What ``log_q`` adds to each explicit negative (K,).
 
         A document that was shown and not clicked (it stands in column 0) was not drawn, so it is not corrected for
@@ -121,15 +121,15 @@ class SampledSoftmaxLoss(LogQLoss):
         Args:
             log_q: (columns - 1, M).
             log_unmasked_q: (P,) log share of Q that the negatives of each positive come from.
-            cells: the negatives.
+            negatives: the negatives.
         """
-        assert cells.column is not None
-        is_drawn = cells.column[0] > 0
-        drawn = torch.bincount(cells.positive[is_drawn], minlength=len(log_unmasked_q)).clamp_min(1).to(log_q.dtype)
-        of_drawn = -log_q[cells.column[0], cells.column[1]]
+        assert negatives.column is not None
+        is_drawn = negatives.column[0] > 0
+        drawn = torch.bincount(negatives.positive[is_drawn], minlength=len(log_unmasked_q)).clamp_min(1).to(log_q.dtype)
+        of_drawn = -log_q[negatives.column[0], negatives.column[1]]
         if self.log_q == "standard":
-            return torch.where(is_drawn, of_drawn, drawn.log()[cells.positive])
-        return torch.where(is_drawn, of_drawn + (log_unmasked_q - drawn.log())[cells.positive], 0.0)
+            return torch.where(is_drawn, of_drawn, drawn.log()[negatives.positive])
+        return torch.where(is_drawn, of_drawn + (log_unmasked_q - drawn.log())[negatives.positive], 0.0)
 
     def has_negatives(self, batch: ClickBatch) -> bool:
         """Whether any row with r > 0 has a negative."""

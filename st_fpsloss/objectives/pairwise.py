@@ -1,4 +1,4 @@
-"""The mathematics of losses on pairs (positive, negative): the logistic and the hinge loss of their gap R⁺ - R⁻.
+"""Losses of the gap R⁺ - R⁻ of a positive and a negative: :func:`st_fpsloss.objectives.naive.pairwise`, in tiles.
 
 With explicit negatives the pairs are few (:mod:`st_fpsloss.objectives.sampled_softmax` computes them). In-batch,
 every document column of the batch makes a pair with every row:
@@ -10,7 +10,7 @@ every document column of the batch makes a pair with every row:
                               row q1→d2        q1   x    x
                               row q2→d1        q2   x    -      one pair: (d1, d2)
 
-A row's cells against all *unique* documents are one row of a tile, and a document that occurs c times counts c times.
+A row against all *unique* documents is one row of a tile, and a document that occurs c times counts c times.
 Each tile computes its loss and its share of every gradient in the same pass: nothing M×M ever exists.
 """
 
@@ -91,7 +91,7 @@ class InBatchPairs:
         weight: (P,) weight of each of the row's pairs.
         group: (P,) number of each row's group, in ascending order; rows of one group have the same negatives.
         count: (B,) how many columns hold each candidate.
-        false_negatives: (2, K) cells (group, candidate), sorted by group, with columns that are no negatives...
+        false_negatives: (2, K) index pairs (group, candidate), sorted by group, with columns that are no negatives...
         removed: (K,) ... and how many.
     """
 
@@ -109,15 +109,15 @@ class InBatchPairs:
         return (self.count.sum() - taken).clamp_min(0)[self.group]
 
     def counts_by_tile(self, tiles: list[slice]) -> Iterator[tuple[slice, Tensor]]:
-        """Each tile of rows, and how many negatives (T, B) each of its cells stands for."""
+        """Each tile of rows, and how many negatives (T, B) each candidate stands for."""
         for rows in tiles:
             group = self.group[rows]
             first, last = int(group[0]), int(group[-1])
             cuts = torch.searchsorted(self.false_negatives[0], torch.tensor([first, last + 1], device=group.device))
-            cells = slice(*cuts.tolist())
+            of_tile = slice(*cuts.tolist())
             counts = self.count.repeat(last + 1 - first, 1)
-            of_group, candidate = self.false_negatives[:, cells]
-            counts.index_put_((of_group - first, candidate), -self.removed[cells], accumulate=True)
+            of_group, candidate = self.false_negatives[:, of_tile]
+            counts.index_put_((of_group - first, candidate), -self.removed[of_tile], accumulate=True)
             yield rows, counts if last + 1 - first == len(group) else counts[group - first]
 
 
@@ -127,8 +127,8 @@ def in_batch_pairs(
     """Weighted sum of an objective over the pairs of every row with every candidate, and the sum of the weights.
 
     Args:
-        anchors: (P, dim) embedding of what asks in each row.
-        candidates: (B, dim) embeddings of the unique rows that answer.
+        anchors: (P, dim) embedding of each row's query.
+        candidates: (B, dim) embeddings of the unique documents.
         alpha: scalar that multiplies the dot products, above 0.
         pairs: positives, weights and what is no negative.
         objective: the loss of a gap.
@@ -158,7 +158,7 @@ class _InBatchPairs(torch.autograd.Function):
         d_candidates = torch.zeros_like(candidates) if need_gradient else None
 
         for rows, counts in pairs.counts_by_tile(row_tiles(anchors, candidates)):
-            gap, own_cell = _gaps(anchors[rows] * alpha, candidates, pairs.positive[rows])
+            gap, at_positive = _gaps(anchors[rows] * alpha, candidates, pairs.positive[rows])
             weights = counts.to(gap.dtype) * pairs.weight[rows, None].to(gap.dtype)
             selected = objective.selected(gap)
             if selected is not None:
@@ -169,7 +169,7 @@ class _InBatchPairs(torch.autograd.Function):
                 continue
             d_gap = weights.mul_(objective.slope(gap))
             d_logits = d_gap.neg()
-            d_logits[own_cell] += d_gap.sum(dim=1)
+            d_logits[at_positive] += d_gap.sum(dim=1)
             d_anchors[rows] = d_logits @ candidates
             d_candidates.addmm_(d_logits.T, anchors[rows])
 
@@ -186,26 +186,26 @@ class _InBatchPairs(torch.autograd.Function):
 
 
 def _gaps(scaled_anchors: Tensor, candidates: Tensor, positive: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """R⁺ - R of every cell (T, B) of a tile, and where the positives are."""
+    """R⁺ - R (T, B) of a tile, and where the positives are."""
     logits = scaled_anchors @ candidates.T
-    own_cell = torch.arange(len(positive), device=positive.device), positive
-    return logits.neg_().sub_(logits[own_cell][:, None]), own_cell
+    at_positive = torch.arange(len(positive), device=positive.device), positive
+    return logits.neg_().sub_(logits[at_positive][:, None]), at_positive
 
 
 @torch.no_grad()
 def hardest_negatives(
     anchors: Tensor, candidates: Tensor, pairs: InBatchPairs, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k negatives of each row that are most similar to what asks; a document that is c columns fills c places.
+    """The k negatives of each row that are most similar to its query; a document that is c columns fills c places.
 
     Args:
-        anchors: (P, dim) embedding of what asks in each row.
+        anchors: (P, dim) embedding of each row's query.
         candidates: (B, dim) embeddings.
         pairs: what is no negative.
         k: negatives a row; a row that has fewer keeps them all.
 
     Returns:
-        (row, candidate, count): (K,) each; the cells, and how many of the k places each fills.
+        (row, candidate, count): (K,) each; the index pairs, and how many of the k places each fills.
     """
     k_distinct = min(k, len(candidates))
     found = []

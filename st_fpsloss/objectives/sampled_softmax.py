@@ -1,7 +1,7 @@
-"""The mathematics on single cells of U Wᵀ: losses over the few negatives that each row names for itself.
+"""Losses over a few negatives a row: :func:`st_fpsloss.objectives.naive.sampled_softmax`, on listed index pairs.
 
-Where every row has its own handful of negatives, computing U Wᵀ would be wasteful: only the cells that are asked for
-are computed, listed as (row of U, row of W). The list may be ragged: some rows have more negatives than others.
+Where every row has a handful of negatives, computing U Wᵀ would be wasteful: only the listed index pairs (row of U, row
+of W) are computed. The list may be ragged: some rows have more negatives than others.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers that are gathered at a time, so that memory stays at the embeddings and one value a cell.
+# Numbers that are gathered at a time, so that memory stays at the embeddings and one value a pair.
 _CHUNK_NUMBERS = 2**22
 
 
 def indexed_dot(anchors: Tensor, candidates: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Dot products at chosen cells of ``anchors @ candidates.T``, in float32 or better.
+    """Dot products at chosen index pairs of ``anchors @ candidates.T``, in float32 or better.
 
     Args:
         anchors: (A, dim) embeddings.
         candidates: (B, dim) embeddings.
-        rows: (K,) row of each cell.
-        columns: (K,) column of each cell.
+        rows: (K,) row of each pair.
+        columns: (K,) column of each pair.
 
     Returns:
         (K,) products.
@@ -33,10 +33,10 @@ def indexed_dot(anchors: Tensor, candidates: Tensor, rows: Tensor, columns: Tens
     """
     dtype = torch.promote_types(torch.promote_types(anchors.dtype, candidates.dtype), torch.float32)
     with torch.autocast(device_type=anchors.device.type, enabled=False):
-        return _CellProducts.apply(anchors.to(dtype), candidates.to(dtype), rows, columns)
+        return _IndexedDot.apply(anchors.to(dtype), candidates.to(dtype), rows, columns)
 
 
-class _CellProducts(torch.autograd.Function):
+class _IndexedDot(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchors: Tensor, candidates: Tensor, rows: Tensor, columns: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(anchors, candidates, rows, columns)
@@ -60,9 +60,9 @@ class _CellProducts(torch.autograd.Function):
         return d_anchors, d_candidates, None, None
 
 
-def _chunks(num_cells: int, dim: int) -> list[slice]:
+def _chunks(num_pairs: int, dim: int) -> list[slice]:
     size = max(1, _CHUNK_NUMBERS // max(1, dim))
-    return [slice(start, min(start + size, num_cells)) for start in range(0, num_cells, size)]
+    return [slice(start, min(start + size, num_pairs)) for start in range(0, num_pairs, size)]
 
 
 def sampled_softmax(positive: Tensor, negative: Tensor, row: Tensor) -> Tensor:

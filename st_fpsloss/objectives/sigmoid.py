@@ -1,13 +1,13 @@
-"""The mathematics of the sigmoid loss: every cell of U Wᵀ is a yes-or-no question of its own.
+"""The sigmoid loss, every index pair of U Wᵀ a decision: :func:`st_fpsloss.objectives.naive.sigmoid`, in tiles.
 
 .. code-block:: text
 
     clicks q1→d1, q1→d2, q2→d1                      d1   d2   d1     the columns of the three rows
-                              row q1→d1        q1   +    x    x      + yes, - no,
+                              row q1→d1        q1   +    x    x      + positive, - negative,
                               row q1→d2        q1   x    +    x      x a positive of another row: left out by "mask",
                               row q2→d1        q2   x    -    +        a - by "keep"
 
-Cells are computed on unique queries and unique documents, in tiles of queries; the rows and columns that share a cell
+Pairs are computed on unique queries and unique documents, in tiles of queries; the rows and columns that share a pair
 enter as its weight.
 """
 
@@ -25,14 +25,14 @@ from st_fpsloss.objectives.softmax import row_tiles, scaled_gradients, tile_cuts
 
 @dataclass(frozen=True)
 class SigmoidTargets:
-    """The answers to all cells.
+    """What all index pairs are to be.
 
     Args:
-        query_weight: (A,) weight of each query's cells, summed over its rows.
+        query_weight: (A,) weight of each query's pairs, summed over its rows.
         count: (B,) how many columns hold each document.
-        false_negatives: (2, K) cells (query, document), sorted by query, that are not a plain "no" ...
+        false_negatives: (2, K) index pairs (query, document), sorted by query, that are no plain negatives ...
         removed: (K,) ... and how much of their weight ``query_weight · count`` is none.
-        positives: (2, P) cells that are a "yes", sorted by query.
+        positives: (2, P) index pairs that are positives, sorted by query.
         positive_weight: (P,) weight of each.
     """
 
@@ -47,14 +47,14 @@ class SigmoidTargets:
 def sigmoid_over_pairs(
     queries: Tensor, documents: Tensor, alpha: Tensor, beta: Tensor, targets: SigmoidTargets
 ) -> Tensor:
-    """Weighted sum over cells of ``-log σ(y (α R + β))``.
+    """Weighted sum over index pairs of ``-log σ(y (α R + β))``.
 
     Args:
         queries: (A, dim) embeddings of the unique queries.
         documents: (B, dim) embeddings of the unique documents.
         alpha: scalar that multiplies the dot products, above 0.
         beta: scalar that is added.
-        targets: which cells are a yes, and the weights of all.
+        targets: which pairs are positives, and the weights of all.
 
     Returns:
         Scalar loss.
@@ -62,17 +62,17 @@ def sigmoid_over_pairs(
     Example:
         >>> import torch
         >>> rows, one = torch.arange(2), torch.ones(2)
-        >>> cells = torch.stack([rows, rows])
-        >>> targets = SigmoidTargets(one, one, cells, one, cells, one)
+        >>> pairs = torch.stack([rows, rows])
+        >>> targets = SigmoidTargets(one, one, pairs, one, pairs, one)
         >>> sigmoid_over_pairs(torch.eye(2), torch.eye(2), torch.tensor(0.0), torch.tensor(0.0), targets)  # 4 log 2
         tensor(2.7726)
     """
     dtype = torch.promote_types(torch.promote_types(queries.dtype, documents.dtype), torch.float32)
     with torch.autocast(device_type=queries.device.type, enabled=False):
-        return _SigmoidOverCells.apply(queries.to(dtype), documents.to(dtype), alpha.to(dtype), beta.to(dtype), targets)
+        return _SigmoidOverPairs.apply(queries.to(dtype), documents.to(dtype), alpha.to(dtype), beta.to(dtype), targets)
 
 
-class _SigmoidOverCells(torch.autograd.Function):
+class _SigmoidOverPairs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, queries: Tensor, documents: Tensor, alpha: Tensor, beta: Tensor, targets: SigmoidTargets
@@ -86,20 +86,20 @@ class _SigmoidOverCells(torch.autograd.Function):
 
         tiles = row_tiles(queries, documents)
         removed_cuts, positive_cuts = (
-            tile_cuts(cells[0], tiles) for cells in (targets.false_negatives, targets.positives)
+            tile_cuts(pairs[0], tiles) for pairs in (targets.false_negatives, targets.positives)
         )
-        for rows, no_cells, yes_cells in zip(tiles, removed_cuts, positive_cuts, strict=True):
+        for rows, removed_part, positive_part in zip(tiles, removed_cuts, positive_cuts, strict=True):
             logits = torch.addmm(beta, queries[rows] * alpha, documents.T)
             weights = query_weight[rows, None] * count
-            _add_(weights, targets.false_negatives[:, no_cells], rows, -removed[no_cells])
-            yes_row, yes_document = targets.positives[:, yes_cells]
-            at_yes = logits[yes_row - rows.start, yes_document]
-            loss += (weights * softplus(logits)).sum() + positive_weight[yes_cells] @ softplus(-at_yes)
+            _add_(weights, targets.false_negatives[:, removed_part], rows, -removed[removed_part])
+            positive_row, positive_document = targets.positives[:, positive_part]
+            at_positive = logits[positive_row - rows.start, positive_document]
+            loss += (weights * softplus(logits)).sum() + positive_weight[positive_part] @ softplus(-at_positive)
             if d_queries is None or d_documents is None:
                 continue
             d_logits = weights.mul_(logits.sigmoid_())
-            d_yes = -positive_weight[yes_cells] * torch.sigmoid(-at_yes)
-            _add_(d_logits, targets.positives[:, yes_cells], rows, d_yes)
+            d_positive = -positive_weight[positive_part] * torch.sigmoid(-at_positive)
+            _add_(d_logits, targets.positives[:, positive_part], rows, d_positive)
             d_queries[rows] = d_logits @ documents
             d_documents.addmm_(d_logits.T, queries[rows])
             d_beta += d_logits.sum()
@@ -115,5 +115,5 @@ class _SigmoidOverCells(torch.autograd.Function):
         return (*scaled_gradients(ctx, grad_output), None)
 
 
-def _add_(tile: Tensor, cells: Tensor, rows: slice, values: Tensor) -> None:
-    tile.index_put_((cells[0] - rows.start, cells[1]), values, accumulate=True)
+def _add_(tile: Tensor, pairs: Tensor, rows: slice, values: Tensor) -> None:
+    tile.index_put_((pairs[0] - rows.start, pairs[1]), values, accumulate=True)

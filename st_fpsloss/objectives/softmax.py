@@ -1,8 +1,8 @@
-"""The mathematics of the losses, on embeddings alone: it knows no model and no trainer.
+"""The full product softmax on unique rows, in tiles: :func:`st_fpsloss.objectives.naive.full_product_softmax`.
 
-One function serves both directions of the full product softmax: *anchors* ask (queries, or documents in the direction
-document to query) and *candidates* answer. Both are **unique** rows; how often a candidate occurs among the columns of
-the batch enters as the logarithm of its count, so an M×M batch of repeated clicks costs (unique × unique):
+One function serves both directions: *anchors* are queries, or documents in the direction document to query, and
+*candidates* the others. Both are **unique** rows; how often a candidate occurs among the columns of the batch enters as
+the logarithm of its count, so an M×M batch of repeated clicks costs (unique × unique):
 
 .. code-block:: text
 
@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Cells of one tile: 64 MB in float32 on a CPU. Lower tiles make slower matrix products, down to a third of the speed.
-_TILE_CELLS_CPU = 2**24
-_TILE_CELLS_ACCELERATOR = 2**26
+# Index pairs of one tile: 64 MB in float32 on a CPU. Smaller ones make slower matrix products, down to a third.
+_TILE_PAIRS_CPU = 2**24
+_TILE_PAIRS_ACCELERATOR = 2**26
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class SoftmaxTargets:
 
 
 def full_product_softmax(anchors: Tensor, candidates: Tensor, alpha: Tensor, targets: SoftmaxTargets) -> Tensor:
-    """Weighted sum over positive pairs of ``-log softmax(α U Wᵀ)`` at the pair's cell.
+    """Weighted sum over positive pairs of ``-log softmax(α U Wᵀ)`` at the pair.
 
     Sums are taken in float32 whatever the embeddings' precision or autocast say; float64 stays float64. Gradients of
     ``anchors``, ``candidates`` and ``alpha`` are exact, and computed in the forward pass; a second derivative is not
     available.
 
     Args:
-        anchors: (A, dim) embeddings of the unique rows that ask.
-        candidates: (B, dim) embeddings of the unique rows that answer.
+        anchors: (A, dim) embeddings of the unique anchors.
+        candidates: (B, dim) embeddings of the unique candidates.
         alpha: scalar that multiplies the dot products, above 0.
         targets: positives, weights and masks, as row numbers of ``anchors`` and ``candidates``.
 
@@ -105,7 +105,7 @@ class _FullProductSoftmax(torch.autograd.Function):
             d_candidates.addmm_(tile.logits.T, row_factor * anchors[tile.rows])
 
         if d_anchors is not None and d_candidates is not None:
-            # α multiplies u·w, so Σ dS·(u·w) is already in ∂U: no pass over the cells of its own.
+            # α multiplies u·w, so Σ dS·(u·w) is already in ∂U: no further pass over the tile.
             d_alpha = (anchors * d_anchors).sum()
             ctx.save_for_backward(d_anchors.mul_(alpha), d_candidates.mul_(alpha), d_alpha)
         return loss
@@ -156,7 +156,7 @@ def _tiles(anchors: Tensor, candidates: Tensor, alpha: Tensor, targets: SoftmaxT
     tiles = row_tiles(anchors, candidates)
     log_weight = targets.candidate_log_weight.to(anchors.dtype)
     weight = targets.weight.to(anchors.dtype)
-    # Pairs and masked cells in the order of anchors: a tile's own are then one slice.
+    # Pairs in the order of anchors: those of a tile are then one slice.
     pair_order = torch.argsort(targets.anchor, stable=True)
     pair_cuts = tile_cuts(targets.anchor[pair_order], tiles)
     false_negatives = (
@@ -175,8 +175,8 @@ def _tiles(anchors: Tensor, candidates: Tensor, alpha: Tensor, targets: SoftmaxT
         if targets.positive_offset is not None:
             positive = positive + targets.positive_offset[pairs].to(positive.dtype)
         if false_negatives is not None and false_negative_cuts is not None:
-            cells = false_negatives[:, false_negative_cuts[number]]
-            logits[cells[0] - rows.start, cells[1]] = -torch.inf
+            masked = false_negatives[:, false_negative_cuts[number]]
+            logits[masked[0] - rows.start, masked[1]] = -torch.inf
         if targets.negative_offset is not None:
             logits += targets.negative_offset[rows, None].to(logits.dtype)
 
@@ -194,14 +194,14 @@ def _tiles(anchors: Tensor, candidates: Tensor, alpha: Tensor, targets: SoftmaxT
 
 
 def row_tiles(anchors: Tensor, candidates: Tensor) -> list[slice]:
-    """Rows of the anchors in tiles whose cells against all candidates fit the budget of the device."""
-    limit = _TILE_CELLS_CPU if anchors.device.type == "cpu" else _TILE_CELLS_ACCELERATOR
+    """Rows of the anchors in tiles that, against all candidates, fit the budget of the device."""
+    limit = _TILE_PAIRS_CPU if anchors.device.type == "cpu" else _TILE_PAIRS_ACCELERATOR
     height = max(1, limit // max(1, len(candidates)))
     return [slice(start, min(start + height, len(anchors))) for start in range(0, len(anchors), height)]
 
 
 def tile_cuts(sorted_rows: Tensor, tiles: list[slice]) -> list[slice]:
-    """Where each tile's own entries stand among ``sorted_rows``."""
+    """Where each tile's entries stand among ``sorted_rows``."""
     edges = torch.tensor([0, *(rows.stop for rows in tiles)], device=sorted_rows.device)
     cuts = torch.searchsorted(sorted_rows, edges).tolist()
     return [slice(begin, end) for begin, end in pairwise(cuts)]

@@ -137,10 +137,11 @@ class LossStateCallback(TrainerCallback, ExportableState):
         self._figures.reset()
         self._values.seen.clear()
         self._check_alone(state)
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         for name, loss in self._losses.items():
-            loss.check_setting(model, args)
+            loss.check_setting(model, args, dataset)
             _check_optimized(name, loss, model, kwargs.get("optimizer"))
-        check_inputs(getattr(kwargs.get("train_dataloader"), "dataset", None))
+        check_inputs(dataset)
         if state.is_world_process_zero and isinstance(model, SentenceTransformer):
             for name, loss in self._losses.items():
                 warn(name, loss.setting_warnings(model))
@@ -177,7 +178,10 @@ class LossStateCallback(TrainerCallback, ExportableState):
         if self._finished is not None:
             kwargs["optimizer"].zero_grad()  # a parameter without a gradient stays as it is
             return
-        parameters = [parameter for loss in self._losses.values() for parameter in loss.scale_and_bias.parameters()]
+        losses = list(dict.fromkeys(self._losses.values()))  # one loss may have several names
+        for loss in losses:
+            loss.share_over_ranks()
+        parameters = [parameter for loss in losses for parameter in loss.scale_and_bias.parameters()]
         value = _average_gradients(parameters, self._values.take(parameters[0]))
         learned = {name: loss.logit_scale for name, loss in self._losses.items() if loss.logit_scale.grad is not None}
         gradients = [scale.grad for scale in learned.values() if scale.grad is not None]

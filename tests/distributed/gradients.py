@@ -49,21 +49,23 @@ def of_one_process(case: Case, model: SentenceTransformer, ranks: int) -> Step:
     """The step with the batches of all ranks: as one batch, or, without gathering, the mean of the ranks' losses."""
     loss = float64_loss(case, model)
     whole_loss = case.at_every_dimension(loss)
+    numbers = range(case.micro_batches)
+    if case.gather:
+        batches = [[case.global_batch(ranks, number) for number in numbers]]
+    else:
+        batches = [[case.batch(rank, number) for number in numbers] for rank in range(ranks)]
     total = torch.zeros(())
-    for micro_batch in range(case.micro_batches):
-        whole = whole_loss(*arguments(model, case.global_batch(ranks, micro_batch)))
-        if case.gather:
-            values = [whole]
-        else:  # the forward pass above has counted the rows of all ranks
-            for table in tables_of(loss).values():
-                table.frozen = True
-            values = [whole_loss(*arguments(model, case.batch(rank, micro_batch))) for rank in range(ranks)]
-            for table in tables_of(loss).values():
-                table.frozen = False
-        for value in values:
-            (value / len(values) / case.micro_batches).backward()
-            total = total + value.detach() / len(values) / case.micro_batches
-    return step(model, loss, total)
+    counted = {side: FrequencyTable() for side in tables_of(loss)}
+    for of_rank in batches:
+        for table in tables_of(loss).values():  # a rank knows of the others' rows after the step
+            table.import_state(FrequencyTable().export_state())
+        for batch in of_rank:
+            value = whole_loss(*arguments(model, batch)) / len(batches) / case.micro_batches
+            value.backward()
+            total = total + value.detach()
+        for side, table in tables_of(loss).items():
+            counted[side].update(*map(torch.from_numpy, table.counts()))
+    return step(model, loss, total, counted)
 
 
 def of_this_rank(case: Case, ddp: DistributedDataParallel) -> Step:
@@ -84,14 +86,19 @@ def of_this_rank(case: Case, ddp: DistributedDataParallel) -> Step:
     return step(model, loss, total / dist.get_world_size())
 
 
-def step(model: SentenceTransformer, loss: ClickLoss, value: torch.Tensor) -> Step:
+def step(
+    model: SentenceTransformer,
+    loss: ClickLoss,
+    value: torch.Tensor,
+    counted: dict[str, FrequencyTable] | None = None,
+) -> Step:
     scale, bias = (
         torch.zeros(()) if parameter.grad is None else parameter.grad
         for parameter in (loss.logit_scale, loss.logit_bias)
     )
     tables = {
-        side: dict(zip(table._counts.keys.tolist(), table._counts.values.tolist(), strict=True))
-        for side, table in tables_of(loss).items()
+        side: dict(zip(*(part.tolist() for part in table.counts()), strict=True))
+        for side, table in (tables_of(loss) if counted is None else counted).items()
     }
     return Step(gradients(model, loss), scale, bias, value, tables)
 

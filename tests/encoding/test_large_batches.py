@@ -73,7 +73,7 @@ def id_batch(num_negatives: int) -> tuple[Any, list[dict[str, Any]]]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_tensor_has_rows_times_rows_elements(name, monkeypatch):
     kind, options = LOSSES[name]
-    monkeypatch.setattr(softmax, "_TILE_CELLS_CPU", M * M // 32)  # by itself all of this batch is one tile
+    monkeypatch.setattr(softmax, "_TILE_PAIRS_CPU", M * M // 32)  # by itself all of this batch is one tile
     model, features = id_batch(num_negatives=0 if options.get("negatives") == "in_batch" else 1)
     loss = kind(model, **options)
     with LargestTensor() as largest:

@@ -14,7 +14,7 @@ from st_fpsloss.encoding.gradient_cache import CachedEncoding
 from st_fpsloss.encoding.memory import TokenBudget
 from st_fpsloss.encoding.plan import BatchPlan, sorted_mini_batches
 from st_fpsloss.encoding.rows import TokenizedRows
-from tests.losses import reference
+from st_fpsloss.objectives import naive
 from tests.losses.conftest import clicks, gradients, plain_model, small_model, static_query_model
 
 
@@ -24,7 +24,7 @@ def plain_step(model, features, ids, labels=None, directions=("query_to_doc",)) 
     embeddings = [model(column)["sentence_embedding"] for column in features()]
     r = torch.ones(len(embeddings[0])) if labels is None else labels
     loss = sum(
-        reference.full_product_softmax(
+        naive.full_product_softmax(
             embeddings[0], torch.stack(embeddings[1:]), torch.tensor(1.0), ids[0], ids[1:], r, direction, "mask"
         )
         for direction in directions
@@ -192,7 +192,7 @@ def test_matryoshka_trains_every_dimension(options):
     embeddings = [model(column)["sentence_embedding"] for column in features()]
     plain = sum(
         weight
-        * reference.full_product_softmax(
+        * naive.full_product_softmax(
             *(F.normalize(part[..., :dim], dim=-1) for part in (embeddings[0], torch.stack(embeddings[1:]))),
             log_alpha.exp(), ids[0], ids[1:], torch.ones(8), duplicates="mask",
         )

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.frequencies.table import FrequencyTable
-from tests.losses import reference
+from st_fpsloss.objectives import naive
 from tests.losses.agreement import random_batch
 from tests.losses.conftest import clicks, gradients, small_model
 
@@ -29,14 +29,14 @@ def ours(loss: FPSLoss, dtype: torch.dtype, U, W, query, document, r, query_log_
     return value.detach(), d_u, d_w, d_log_alpha
 
 
-def naive(loss: FPSLoss, dtype: torch.dtype, U, W, query, document, r, query_log_q, document_log_q):
+def plain(loss: FPSLoss, dtype: torch.dtype, U, W, query, document, r, query_log_q, document_log_q):
     U, W = (tensor.to(dtype).requires_grad_() for tensor in (U, W))
     log_alpha = loss.logit_scale.detach().to(dtype).requires_grad_()
     rows_u, rows_w = U[query], W[document]
     if loss.similarity == "cosine":
         rows_u, rows_w = F.normalize(rows_u, dim=-1), F.normalize(rows_w, dim=-1)
     values = [
-        reference.full_product_softmax(
+        naive.full_product_softmax(
             rows_u, rows_w, log_alpha.exp(), query, document, r, direction, loss.duplicates, loss.relevance,
             loss.log_q, document_log_q.to(dtype), query_log_q.to(dtype),
         )
@@ -63,11 +63,11 @@ def test_value_and_gradients_equal_the_float64_formula(similarity, directions, d
             relevance=relevance,
         )  # fmt: skip
         batch = random_batch(rows, negatives, seed)
-        truth = naive(loss, torch.float64, *batch)
+        truth = plain(loss, torch.float64, *batch)
         for dtype, tolerance in ((torch.float64, 2e-7), (torch.float32, 2e-5)):  # log α itself is a float32 parameter
-            simple = naive(loss, dtype, *batch)
-            for true, plain, mine in zip(truth, simple, ours(loss, dtype, *batch), strict=True):
-                allowed = tolerance * true.norm() + (plain - true).norm() + 1e-7
+            simple = plain(loss, dtype, *batch)
+            for true, simply, mine in zip(truth, simple, ours(loss, dtype, *batch), strict=True):
+                allowed = tolerance * true.norm() + (simply - true).norm() + 1e-7
                 assert (mine - true).norm() <= allowed, (rows, negatives, relevance, seed, dtype)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from st_fpsloss import PairCELoss, TripletLoss
-from tests.losses import reference
+from st_fpsloss.objectives import naive
 from tests.losses.agreement import assert_agrees, random_batch
 from tests.losses.conftest import small_model
 
@@ -23,7 +23,7 @@ def pair_loss(loss):
 
 def formula(loss, explicit: bool):
     def value(U, W, alpha, beta, query, document, r):
-        return reference.pairwise(
+        return naive.pairwise(
             U, W, alpha, query, document, r, pair_loss(loss), explicit, loss.duplicates, loss.relevance,
             loss.strategy.hardest, loss.margin if loss.strategy.semi_hard else None,
         )  # fmt: skip
@@ -58,7 +58,7 @@ def test_value_and_gradients_equal_the_float64_formula(kind, options, duplicates
 @pytest.mark.parametrize("options", [dict(), dict(hardest=3)], ids=str)
 def test_the_tiling_changes_nothing(monkeypatch, kind, options):
     batch = random_batch(40, 1, 0)[:5]
-    monkeypatch.setattr("st_fpsloss.objectives.softmax._TILE_CELLS_CPU", 100)
+    monkeypatch.setattr("st_fpsloss.objectives.softmax._TILE_PAIRS_CPU", 100)
     monkeypatch.setattr("st_fpsloss.objectives.sampled_softmax._CHUNK_NUMBERS", 20)
     loss = kind(MODEL, learn_scale=True, negatives="in_batch", **options)
     assert_agrees(loss, formula(loss, explicit=False), batch)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss
 from st_fpsloss.frequencies.table import FrequencyTable
-from tests.losses import reference
+from st_fpsloss.objectives import naive
 from tests.losses.agreement import assert_agrees, random_batch
 from tests.losses.conftest import clicks, small_model
 
@@ -17,7 +17,7 @@ MODEL = small_model()
 
 def formula(loss: SampledSoftmaxLoss, explicit: bool, document_log_q=None):
     def value(U, W, alpha, beta, query, document, r):
-        return reference.sampled_softmax(
+        return naive.sampled_softmax(
             U, W, alpha, query, document, r, explicit, loss.duplicates, loss.relevance, loss.strategy.hardest,
             loss.log_q, None if document_log_q is None else document_log_q.to(U.dtype),
         )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from st_fpsloss import SigmoidLoss
-from tests.losses import reference
+from st_fpsloss.objectives import naive
 from tests.losses.agreement import assert_agrees, random_batch
 from tests.losses.conftest import clicks, small_model
 
@@ -17,7 +17,7 @@ MODEL = small_model()
 
 def formula(loss: SigmoidLoss):
     def value(U, W, alpha, beta, query, document, r):
-        return reference.sigmoid(U, W, alpha, beta, query, document, r, loss.duplicates, loss.relevance)
+        return naive.sigmoid(U, W, alpha, beta, query, document, r, loss.duplicates, loss.relevance)
 
     return value
 
@@ -34,7 +34,7 @@ def test_value_and_gradients_equal_the_float64_formula(duplicates, relevance, si
 
 
 def test_the_tiling_changes_nothing(monkeypatch):
-    monkeypatch.setattr("st_fpsloss.objectives.softmax._TILE_CELLS_CPU", 100)
+    monkeypatch.setattr("st_fpsloss.objectives.softmax._TILE_PAIRS_CPU", 100)
     loss = SigmoidLoss(MODEL, bias=-1.0)
     assert_agrees(loss, formula(loss), random_batch(40, 1, 0)[:5])
 

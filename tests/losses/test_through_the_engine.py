@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_fpsloss import LossStateCallback, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
-from tests.losses import reference
+from st_fpsloss.objectives import naive
 from tests.losses.conftest import clicks, gradients, small_model, static_query_model
 from tests.training.runs import trainer
 
@@ -26,17 +26,17 @@ MODES = [
 
 def pairs(explicit, pair_loss, **options):
     def value(U, W, query, document, r):
-        return reference.pairwise(U, W, torch.tensor(2.0), query, document, r, pair_loss, explicit, **options)
+        return naive.pairwise(U, W, torch.tensor(2.0), query, document, r, pair_loss, explicit, **options)
 
     return value
 
 
 def softmax(U, W, query, document, r):
-    return reference.sampled_softmax(U, W, torch.tensor(2.0), query, document, r, explicit=True)
+    return naive.sampled_softmax(U, W, torch.tensor(2.0), query, document, r, explicit=True)
 
 
 def sigmoid(U, W, query, document, r):
-    return reference.sigmoid(U, W, torch.tensor(2.0), torch.tensor(-1.0), query, document, r)
+    return naive.sigmoid(U, W, torch.tensor(2.0), torch.tensor(-1.0), query, document, r)
 
 
 LOSSES = {

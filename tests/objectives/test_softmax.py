@@ -23,7 +23,7 @@ def value_and_gradients(function, *inputs):
 @pytest.mark.parametrize("cells", [1, 50, 10**6])
 @pytest.mark.parametrize("rows", [1, 2, 17])
 def test_without_repetition_it_is_cross_entropy_whatever_the_tile(monkeypatch, rows, cells):
-    monkeypatch.setattr(objectives, "_TILE_CELLS_CPU", cells)
+    monkeypatch.setattr(objectives, "_TILE_PAIRS_CPU", cells)
     torch.manual_seed(rows)
     inputs = torch.randn(rows, 5).double(), torch.randn(rows, 5).double(), torch.tensor(2.5).double()
     ours = value_and_gradients(lambda U, W, a: full_product_softmax(U, W, a, plain_targets(rows)), *inputs)
