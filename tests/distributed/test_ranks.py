@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from st_fpsloss import FPSLoss, last_complete_checkpoint
+from st_fpsloss.frequencies import FrequencyTable
 from tests.distributed.cases import cases
-from tests.distributed.training_runs import GATHERED, SGD, run
+from tests.distributed.training_runs import GATHERED, MIXED, SGD, run
 from tests.losses.conftest import small_model
+from tests.training.runs import click_log
 
 Reports = list[dict[str, Any]]
 
@@ -113,3 +115,23 @@ def test_a_trainable_pooler_of_a_loaded_model_is_frozen_with_a_message(two_ranks
         tuning = report["fine_tuning_with_a_trainable_pooler"]
         assert len(tuning["before"]) == 4 and not tuning["after"]
         assert any("pooler" in message and "frozen" in message for message in tuning["messages"])
+
+
+def test_ranks_that_draw_from_different_data_sets_count_each_as_one_process_does(two_ranks):
+    first, second = (report["several_data_sets"] for report in two_ranks)
+    model = small_model()
+    for kinds, ours, theirs in zip(MIXED, first["runs"], second["runs"], strict=True):
+        assert torch.equal(ours["weights"], theirs["weights"])
+        assert (ours["alphas"], ours["betas"]) == (theirs["alphas"], theirs["betas"])
+        for number, (name, (_, options)) in enumerate(kinds.items()):
+            if "log_q" not in options:
+                continue
+            for side in ("query", "document"):
+                inputs = click_log(rows=16, seed=number)[side][:]
+                whole = dict(zip(*FrequencyTable.from_inputs(model, inputs, side).counts(), strict=True))
+                expected = whole if side == "document" or "directions" in options else {}
+                for rank in (ours, theirs):
+                    assert dict(zip(*rank["counts"][name][side], strict=True)) == expected
+    assert first["runs"][2]["betas"][0] != 0
+    for report in (first, second):
+        assert "`gather_across_devices=True` needs one data set" in report["refusal"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import DatasetDict
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
-from st_fpsloss import FPSLoss
+from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss
 from st_fpsloss.frequencies.sketch import FrequencySketch
+from st_fpsloss.losses.base import ClickLoss
 from tests.losses.conftest import small_model
 from tests.training.runs import click_log, trainer, weights
 
-GATHERED = {"directions": ("query_to_doc", "doc_to_query"), "gather_across_devices": True, "log_q": "corrected"}
+BOTH = ("query_to_doc", "doc_to_query")
+GATHERED = {"directions": BOTH, "gather_across_devices": True, "log_q": "corrected"}
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_steps": 6}
+
+
+MIXED: list[dict[str, tuple[type[ClickLoss], dict[str, Any]]]] = [
+    {"clicks": (FPSLoss, {"log_q": "corrected"}), "sales": (PairCELoss, {})},
+    {"clicks": (FPSLoss, {"log_q": "corrected"}), "sales": (FPSLoss, {"log_q": "standard", "directions": BOTH})},
+    {"clicks": (SigmoidLoss, {}), "sales": (SampledSoftmaxLoss, {"log_q": "corrected"})},
+]
 
 
 class Recorder(TrainerCallback):
@@ -90,6 +101,34 @@ def fine_tuning_with_a_trainable_pooler(output_dir: Path) -> dict[str, Any]:
     return {**done, "before": before, "after": trainable_poolers(model), "messages": messages.texts}
 
 
+def several_data_sets(output_dir: Path, seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """Ranks that draw from different data sets at one step, for one epoch; and the refusal to gather over them."""
+    data = DatasetDict({name: click_log(rows=16, seed=number) for number, name in enumerate(("clicks", "sales"))})
+    options = {"dataset": data, "max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 4}
+    runs = []
+    for seed, kinds in itertools.product(seeds, MIXED):
+        model = small_model()
+        losses = {name: kind(model, **given) for name, (kind, given) in kinds.items()}
+        trainer(output_dir, model=model, loss=losses, seed=seed, **options).train()
+        tables = {name: getattr(loss, "frequencies", {}) for name, loss in losses.items() if getattr(loss, "log_q", 0)}
+        runs.append(
+            {
+                "counts": {
+                    name: {side: table.counts() for side, table in of_loss.items()} for name, of_loss in tables.items()
+                },
+                "alphas": [loss.alpha for loss in losses.values()],
+                "betas": [loss.beta for loss in losses.values()],
+                "weights": weights(model),
+            }
+        )
+    model = small_model()
+    try:
+        trainer(output_dir, model=model, loss=FPSLoss(model, gather_across_devices=True), **options).train()
+    except ValueError as error:
+        return {"runs": runs, "refusal": str(error)}
+    return {"runs": runs, "refusal": ""}
+
+
 def trainable_poolers(model: torch.nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if "pooler" in name and parameter.requires_grad]
 
@@ -111,5 +150,6 @@ RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
         like_one_process,
         without_callback,
         fine_tuning_with_a_trainable_pooler,
+        several_data_sets,
     )
 }
