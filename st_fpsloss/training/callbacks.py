@@ -147,8 +147,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
                 warn(name, loss.setting_warnings(model))
             warn("", prompt_warnings(args))
             if state.global_step == 0:
-                log = getattr(kwargs.get("train_dataloader"), "dataset", None)
-                warn("", self._encoder_check.before(model, log))
+                warn("", self._encoder_check.before(model, dataset))
         self._finished = (state.global_step, state.epoch) if 0 < state.max_steps <= state.global_step else None
         if state.global_step > 0:
             self._resume(state)
