@@ -31,7 +31,7 @@ _MAX_HELD_OUT = 500
 _NEIGHBOURS = 10
 _EVALUATIONS = 5
 _TRANSFORMER_RATE, _STATIC_RATE = 5e-4, 5e-3
-_STRANGERS = 0.2  # below this mean cosine a StaticEmbedding knows nothing of the embeddings that it is to learn
+_STRANGERS = 3.0  # a StaticEmbedding that finds so many times the neighbours that chance finds has learned them
 
 
 def align_towers(
@@ -86,7 +86,8 @@ def align_towers(
     num_held_out = min(_MAX_HELD_OUT, max(2, len(texts) // 10))
     evaluator = AgreementEvaluator(texts[:num_held_out], targets[:num_held_out])
     before = evaluator(model)
-    if isinstance(tower[0], StaticEmbedding) and before["cosine"] < _STRANGERS:
+    by_chance = _NEIGHBOURS / num_held_out
+    if isinstance(tower[0], StaticEmbedding) and before[f"neighbours@{_NEIGHBOURS}"] < _STRANGERS * by_chance:
         _start_from_words(tower, model, teacher)
     pairs = Dataset.from_dict({"text": texts[num_held_out:], "label": targets[num_held_out:].numpy()})
     if learning_rate is None:
@@ -129,7 +130,8 @@ class AlignmentLoss(nn.Module):
     Args:
         model: The model. Its inputs go to the query tower by the training argument ``router_mapping``.
 
-    Inputs: a column of texts, and ``label``, the embedding (dim,) of each.
+    Inputs: a column of texts, and ``label``, the embedding (dim,) of each; further dimensions of the model's, that of a
+    document bias, are not looked at.
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
@@ -138,8 +140,8 @@ class AlignmentLoss(nn.Module):
 
     def forward(self, sentence_features: Sequence[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """Returns the loss of a batch of texts, ``labels`` (M, dim)."""
-        found = self.model(sentence_features[0])["sentence_embedding"].float()
-        target = labels.to(found)
+        target = labels.float()
+        found = self.model(sentence_features[0])["sentence_embedding"].float()[:, : target.shape[1]]
         distance = (found - target).square().sum(dim=1).mean() / target.square().sum(dim=1).mean()
         directions = normalize(target, dim=1)
         expected = softmax(_SCALE * directions @ directions.T, dim=1)
@@ -167,7 +169,7 @@ class AgreementEvaluator(BaseEvaluator):
     ) -> dict[str, float]:
         """Returns the figures, and logs them."""
         found = model.encode_query(self.texts, convert_to_tensor=True, show_progress_bar=False)
-        found = normalize(found.float().cpu(), dim=1)
+        found = normalize(found[:, : self.targets.shape[1]].float().cpu(), dim=1)
         near = [_nearest(embeddings @ self.targets.T) for embeddings in (found, self.targets)]
         shared = (near[0][:, :, None] == near[1][:, None, :]).any(dim=2).float().mean()
         cosine = (found * self.targets).sum(dim=1).mean()
@@ -215,19 +217,18 @@ def _shuffled(texts: Sequence[str], seed: int) -> list[str]:
 
 
 def _targets(model: SentenceTransformer, texts: list[str], teacher: SentenceTransformer | None) -> Tensor:
-    """The embeddings (N, dim) to learn, float32 on the CPU."""
+    """The embeddings (N, dim) to learn, without the dimension of a document bias; float32 on the CPU."""
     arguments: dict[str, Any] = {
         "convert_to_tensor": True,
         "show_progress_bar": True,
         "normalize_embeddings": model.similarity_fn_name == "cosine",
     }
     if teacher is not None:
-        return teacher.encode_query(texts, **arguments).float().cpu()
-    targets = model.encode_document(texts, prompt=model.prompts.get("query") or "", **arguments).float().cpu()
-    if any(isinstance(module, BiasDimension) for module in model):
-        # A query has a 1 where a document has its score.
-        targets = torch.cat([targets[:, :-1], torch.ones(len(targets), 1)], dim=1)
-    return targets
+        targets = teacher.encode_query(texts, **arguments)
+    else:
+        targets = model.encode_document(texts, prompt=model.prompts.get("query") or "", **arguments)
+    has_bias = any(isinstance(module, BiasDimension) for module in model)
+    return targets[:, : -1 if has_bias else None].float().cpu()
 
 
 @torch.no_grad()
@@ -241,8 +242,7 @@ def _start_from_words(tower: nn.Sequential, model: SentenceTransformer, teacher:
     table = static.embedding.weight
     words = [static.tokenizer.decode([number]).removeprefix("##").strip() for number in range(len(table))]
     known = [number for number, word in enumerate(words) if word]
-    targets = _targets(model, [words[number] for number in known], teacher)
-    table[known] = targets[:, :dim].to(table)  # without the dimension of a document bias
+    table[known] = _targets(model, [words[number] for number in known], teacher).to(table)
     start_linear(layers, torch.eye(dim))
 
 
