@@ -7,7 +7,8 @@ r"""Search an index over HTTP: JSON, a page for people, health and Prometheus me
     GET  /health, /metrics, /schema
 
 A query is a text, or an object with "text" and side features. The server listens on this machine alone unless --host
-says otherwise, and takes a new generation of the index without a restart.
+says otherwise, and takes a new generation of the index without a restart. There it refuses other names than localhost
+in Host, so that no page of others can call it; a proxy has to set Host to 127.0.0.1.
 
 Examples:
     st-fpsloss serve --model runs/shop --index runs/shop/index

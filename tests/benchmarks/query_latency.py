@@ -10,6 +10,7 @@ Run:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -52,15 +53,18 @@ def encoder_of(runtime: str, folder: str):
 def measure(encode, clients: int, cache_size: int, seconds: float) -> dict[str, float]:
     """Milliseconds of every query of some clients."""
     vectors, (texts, weights), times = QueryVectors(encode, cache_size), queries(), []
+    drawn = [random.Random(seed).choices(texts, weights, k=10_000) for seed in range(clients)]
     end = time.perf_counter() + seconds
 
-    def client(seed: int) -> None:
-        drawn = iter(random.Random(seed).choices(texts, weights, k=200_000))
-        while (start := time.perf_counter()) < end:
-            vectors.submit(next(drawn)).result()
+    def client(own: list[str]) -> None:
+        for text in itertools.cycle(own):
+            start = time.perf_counter()
+            vectors.submit(text).result()
             times.append(time.perf_counter() - start)
+            if start > end:
+                return
 
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(clients)]
+    threads = [threading.Thread(target=client, args=(texts,)) for texts in drawn]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -10,14 +10,21 @@ import sys
 import time
 from contextlib import contextmanager
 
+_WITHOUT_TORCH = "import sys; sys.modules['torch'] = sys.modules['sentence_transformers'] = None; "
+_RUN = "import sys; from st_fpsloss.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
 
 @contextmanager
 def serving(*options, log):
-    """Runs ``st-fpsloss serve`` until the block ends; gives the process and the port."""
+    """Runs ``st-fpsloss serve`` until the block ends, where it has a query encoder without torch.
+
+    Gives the process and the port.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "st_fpsloss.cli", "serve", "--port", str(port), *map(str, options)]
+    code = _WITHOUT_TORCH + _RUN if "--query_encoder" in options else _RUN
+    command = [sys.executable, "-c", code, "serve", "--port", str(port), *map(str, options)]
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stderr=file, stdout=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
