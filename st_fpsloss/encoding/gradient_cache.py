@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from st_fpsloss.encoding.memory import GraphBudget
 from st_fpsloss.encoding.plan import BatchPlan
-from st_fpsloss.encoding.rows import Features
+from st_fpsloss.encoding.rows import Features, TokenizedRows
 
 Encoder = Callable[[Features], Features]
 
@@ -25,7 +25,7 @@ Encoder = Callable[[Features], Features]
 def encode(model: Encoder, plan: BatchPlan) -> Tensor:
     """Embeddings (N, dim) of a plan, with the graph of all of them if gradients are on."""
     with _no_sync(model):
-        parts = {number: plan.mini_batches[number].embed(model) for number in plan.order}
+        parts = {number: _embed(model, plan.mini_batches[number]) for number in plan.order}
         embeddings = torch.cat([parts[number] for number in sorted(parts)])
     return _as_ddp_outputs(model, [embeddings])[0]
 
@@ -67,7 +67,7 @@ class CachedEncoding:
                 self._autocast.restored(cache=with_graph),
                 budget.measured(model, route, size) if is_first else nullcontext(),
             ):
-                embedded = rows.embed(model)
+                embedded = _embed(model, rows)
             learns.setdefault(route, embedded.requires_grad)
             if embedded.requires_grad:
                 self._kept[number] = embedded
@@ -119,7 +119,7 @@ class CachedEncoding:
             torch.enable_grad(),
             self._autocast.restored(cache=True),
         ):
-            return self._plan.mini_batches[number].embed(self._model)
+            return _embed(self._model, self._plan.mini_batches[number])
 
 
 class _Attached(torch.autograd.Function):
@@ -178,3 +178,10 @@ def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
         return DistributedDataParallel.forward(model, embeddings)
     finally:
         model.module = module
+
+
+def _embed(model: Encoder, rows: TokenizedRows) -> Tensor:
+    embeddings = rows.embed(model)
+    # Else autocast hands one cast copy of a weight to all mini-batches, which sums their gradients in its precision.
+    torch.clear_autocast_cache()
+    return embeddings

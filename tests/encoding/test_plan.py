@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.encoding.gradient_cache import CachedEncoding
@@ -112,6 +112,26 @@ def test_under_bfloat16_autocast_all_modes_agree(options):
     kept, full = step(cache_gradients=False), engine_step(model, features)
     assert (kept - full).norm() > 1e-4 * full.norm()  # it did run in bfloat16
     assert (step(**options) - kept).norm() < 2e-2 * kept.norm()
+
+
+def test_under_bfloat16_the_gradients_of_mini_batches_are_summed_in_float32():
+    model = small_model(similarity="cosine")
+    features, _ = clicks(model, 100)
+
+    def step(loss_kind=FPSLoss, autocast=True, **options):
+        model.zero_grad()
+        loss = loss_kind(model, scale=20.0, mini_batch_num_tokens=64, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            value = loss(features(), None)
+        value.backward()
+        return gradients(model, loss)
+
+    options = dict(duplicates="keep", learn_scale=False)
+    exact = step(autocast=False, **options)
+    kept, cached = (step(cache_gradients=cache, **options) for cache in (False, True))
+    assert (kept - cached).norm() < 1e-4 * cached.norm()  # replayed ones are summed one by one, in float32
+    peer = step(CachedMultipleNegativesRankingLoss)
+    assert 1e-4 * exact.norm() < (kept - exact).norm() <= (peer - exact).norm()
 
 
 @pytest.mark.parametrize("num_tokens", [30, 100000])
