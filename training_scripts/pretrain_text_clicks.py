@@ -15,7 +15,7 @@ from docstrings import docstring_clicks
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import set_seed
 
-from st_fpsloss import FPSLoss, LossStateCallback, Tower, two_tower
+from st_fpsloss import FPSLoss, LossStateCallback, Tower, align_towers, two_tower
 from st_fpsloss.data import hold_out
 from st_fpsloss.evaluation import clicks_evaluator
 
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         document=Tower(options.model, max_seq_length=64),
         similarity="cosine",
     )
+    # The short query tower first learns the document tower's embeddings, on texts that need no clicks.
+    align_towers(model, [*clicks["train"]["query"], *clicks["train"]["document"]])
 
     # 3. The loss: all documents of a batch compete; log_q corrects for how popular each of them is.
     loss = FPSLoss(model, log_q="corrected", max_scale=30.0)
