@@ -92,7 +92,7 @@ COMMON = (
     "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub",
 )  # fmt: skip
 USED = {
-    "log_q": "corrected for what is drawn by popularity; with --duplicates keep standard",
+    "log_q": "corrected; with --duplicates keep standard",
     "duplicates": "mask; with --grade_column keep",
 }
 

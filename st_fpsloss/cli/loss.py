@@ -54,12 +54,7 @@ class LossArguments:
     mini_batch_num_tokens: int | None = field(default=None, metadata={"help": "padded tokens encoded at a time"})
     cache_gradients: str | None = field(
         default=None,
-        metadata={
-            "nargs": "?",
-            "const": "true",
-            "help": "memory that does not grow with the batch: auto, the default, keeps the graphs that fit, true as "
-            "few as possible, false all, a number, as 16384, those of so many tokens",
-        },
+        metadata={"nargs": "?", "const": "true", "help": "fewer graphs are kept: auto, true, false, or so many tokens"},
     )
     cache_frozen: str | None = field(
         default=None,

@@ -38,9 +38,8 @@ class NegativeArguments:
     negatives: Source | None = field(
         default=None,
         metadata={
-            "help": "explicit: columns, grades, or rows with r <= 0 (default where there are any); in_batch (else the "
-            "default); sampled: drawn from the corpus; hard: mined with the model; mixed: in-batch, sampled and hard. "
-            "fps and sigmoid always take the batch's documents"
+            "help": "explicit: columns, grades, rows with r <= 0 (default if any); in_batch (else); sampled; hard: by "
+            "the model; mixed: in-batch, sampled and hard. fps and sigmoid always take the batch's documents"
         },
     )
     negative_columns: list[str] = field(default_factory=list, metadata={"help": "columns of negative documents"})
