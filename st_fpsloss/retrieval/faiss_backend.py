@@ -25,7 +25,7 @@ _TRAINING_ROWS_A_LIST = 64
 _ROWS_PER_ADD = 65_536
 _MAX_EF = 4096
 # Lossy codes order the candidates, their full vectors score them: so many candidates a result.
-_CANDIDATES_A_RESULT = 10
+_CANDIDATES_A_RESULT = 20
 
 
 def import_faiss() -> Any:

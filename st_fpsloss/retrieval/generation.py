@@ -28,7 +28,7 @@ class Kind:
     Args:
         factory: A FAISS factory string; None: chosen by the number of documents.
         recall: The recall@10 that an approximate search has to reach.
-        queries: (Q, dim) vectors to measure it with; None: a sample of the documents'.
+        queries: (Q, dim) vectors to measure it with; None: means of some documents.
         bias_dimension: Whether the last number of a document's vector is its bias, which a query meets with a 1.
     """
 
@@ -98,10 +98,14 @@ def write_approximate(
 
 
 def _sampled(vectors: np.ndarray, live: np.ndarray, bias_dimension: bool) -> np.ndarray:
-    """Vectors of some documents, for want of queries."""
+    """Make vectors that are about as hard to search for as queries, for want of real ones: means of three documents.
+
+    A document itself, which is its own nearest neighbour, is easier than a query: on 24,000 texts a graph found .982
+    of the best for documents and .958 for queries, and .954 for such means.
+    """
     rows = np.flatnonzero(live)
-    chosen = np.random.default_rng(0).choice(rows, min(faiss_backend.RECALL_QUERIES, len(rows)), replace=False)
-    queries = np.array(vectors[np.sort(chosen)])
+    chosen = np.random.default_rng(0).choice(rows, (min(faiss_backend.RECALL_QUERIES, len(rows)), 3))
+    queries = vectors[chosen].mean(axis=1)
     if bias_dimension:
         queries[:, -1] = 1.0
     return queries

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,20 +39,25 @@ def texts(model: SentenceTransformer, count: int, seed: int = 0) -> dict[str, st
     return {f"d{number}": " ".join(next(drawn) for _ in range(length)) for number, length in enumerate(lengths)}
 
 
-def build(folder: Path, count: int, shard_size: int, factory: str | None = None) -> DocumentIndex:
-    """Build, and add to log.jsonl the first input of each call of the encoder and how many it had."""
+def build(
+    folder: Path, count: int, shard_size: int, factory: str | None = None, kill_after: int | None = None
+) -> DocumentIndex:
+    """Build; the inputs that are embedded are logged beside the folder, and the process may be killed in a shard."""
     model = small_minilm()
-    log_calls(model, folder.with_suffix(".jsonl"))
+    log_calls(model, folder.with_suffix(".jsonl"), kill_after)
     documents = texts(model, count)
     return DocumentIndex.build(model, documents, folder, factory, batch_size=64, shard_size=shard_size)
 
 
-def log_calls(model: SentenceTransformer, file: Path) -> None:
-    """Write down what the document tower is called with."""
+def log_calls(model: SentenceTransformer, file: Path, kill_after: int | None = None) -> None:
+    """Write down the first input of each call of the document tower, and how many there were."""
     encode = model.encode_document
+    finished = itertools.count()
 
     def logged(inputs, *args, **kwargs):
         encoded = encode(inputs, *args, **kwargs)
+        if next(finished) == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
         with file.open("a") as log:
             log.write(json.dumps([inputs[0], len(inputs)]) + "\n")
         return encoded
@@ -65,22 +70,14 @@ def calls(folder: Path) -> list[list]:
 
 
 def kill_midway(folder: Path, count: int, shard_size: int, finished: int) -> list[str]:
-    """Build in another process, and kill it when so many shards are finished; returns these."""
-    words = [
-        sys.executable,
-        "-m",
-        "tests.retrieval.killed_builds",
-        str(folder),
-        "--count",
-        str(count),
-        "--shard_size",
-        str(shard_size),
-    ]
-    process = subprocess.Popen([*words, "--build"], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    while process.poll() is None and len(list(folder.glob("building/shard-*.arrow"))) < finished:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    """Build in another process, which is killed in the shard after so many; returns the finished ones."""
+    words = [folder, "--count", count, "--shard_size", shard_size, "--kill_after", finished]
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.retrieval.killed_builds", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL
     return sorted(path.name for path in folder.glob("building/shard-*.arrow"))
 
 
@@ -89,5 +86,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--shard_size", type=int, required=True)
+    parser.add_argument("--kill_after", type=int, required=True)
     options = parser.parse_args()
-    build(options.folder, options.count, options.shard_size)
+    build(options.folder, options.count, options.shard_size, kill_after=options.kill_after)
