@@ -129,7 +129,7 @@ class DocumentIndex:
             columns: Names of values to store for filters: columns of a data set or a file, keys of dict inputs.
             id_column: Name of the column of ids, of a data set or a file.
             document_column: Name of the column of inputs, of a data set or a file.
-            queries: Some real queries to measure the recall with; None: means of three documents, about as hard to find.
+            queries: Some real queries to measure the recall with; None: means of three documents, about as hard.
             shard_size: Documents in a shard.
             device: A device; or several, for sentence-transformers' encoding in one process each; None: the model's.
 

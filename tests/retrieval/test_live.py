@@ -36,7 +36,7 @@ def many():
     )
 
 
-@pytest.fixture(scope="module", params=["HNSW32", "IVF64,Flat", "IVF64,PQ16x8"])
+@pytest.fixture(scope="module", params=["HNSW32", "IVF64,Flat", "IVF64,SQ8"])
 def graph(request, many, tmp_path_factory):
     model, _, _ = many
     rows = ((i, f"w{i}", {"share": (i * 7919) % NUM / NUM, "half": i % 2}) for i in range(NUM))
