@@ -26,6 +26,15 @@ def masked_share(batch: ClickBatch) -> float:
     return float((masked[rows] - 1).mean()) / num_others if len(rows) and num_others > 0 else 0.0
 
 
+def masked_q(batch: ClickBatch) -> float:
+    """Share of Q that the other positives of a row's query have, the mean over rows with r > 0."""
+    rows = batch.relevance > 0
+    if batch.document_log_q is None or not rows.any():
+        return 0.0
+    own = batch.document_log_q[0, rows].exp()
+    return float((1 - batch.log_unmasked_q().exp()[batch.query[rows]] - own).clamp_min(0).mean())
+
+
 def has_in_batch_negatives(batch: ClickBatch, direction: Direction, duplicates: Duplicates) -> bool:
     """Whether any row with r > 0 has a negative among the other rows."""
     anchor, candidate, pairs = batch.query, batch.document, batch.false_negatives()

@@ -86,7 +86,9 @@ ARGUMENTS: dict[str, str] = {
         of that row; ``"keep"``: it is one, the formula to the letter.""",
     "log_q": """correct for negatives being drawn by popularity: ``"standard"`` subtracts log Q from every column (Yi et
         al. 2019), ``"corrected"`` from the negatives alone (arXiv 2507.09331; needs ``duplicates="mask"``; a positive
-        competes with all documents but the query's other positives of the batch), None does not correct. On a log where
+        competes with all documents but the query's other positives of the batch: where few queries have most of the
+        documents, as 12 queries have of 30, that is another softmax than the one over all, which ``"standard"`` with
+        ``duplicates="keep"`` estimates), None does not correct. On a log where
         a few documents have most of the clicks, this decides about the quality of the ranking. With explicit negatives
         Q is the distribution of the negative columns.""",
     "frequencies": """what counts how often rows occur, by ``"document"``, and ``"query"`` for the direction document to

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -31,6 +32,8 @@ from st_fpsloss.losses.checks import (
     check_cache_gradients,
     check_choice,
     check_embeddings,
+    check_layers,
+    check_model,
     check_relevance,
     similarity_of,
 )
@@ -74,6 +77,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         cache_frozen: CacheFrozen = False,
         gather_across_devices: bool = False,
     ) -> None:
+        check_model(model)
         similarity = similarity_of(model, similarity)
         if scale is None:
             scale = 1 / 0.07 if similarity == "cosine" else 1.0
@@ -146,6 +150,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         """
         columns = [rows_of_column(features) for features in sentence_features]
         self._check_columns(columns)
+        check_layers(extract_model_from_parallel(self.model, keep_torch_compile=False))
         self.check_batch(len(columns), labels)
         self._warn_without_callback()
         self.clamp_()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from st_fpsloss.losses.arguments import Similarity
 
@@ -21,6 +21,25 @@ def similarity_of(model: SentenceTransformer, similarity: Similarity | None) -> 
             "`similarity_fn_name`, which is what `similarity=None` takes."
         )
     return name
+
+
+def check_model(model: object) -> None:
+    """Raise a ValueError unless the model is a SentenceTransformer."""
+    if not isinstance(model, SentenceTransformer):
+        raise ValueError(
+            f"`model` must be a SentenceTransformer, with dense embeddings, got a {type(model).__name__}. For a CrossEncoder or a SparseEncoder take the losses that "
+            "sentence-transformers has for them; `two_tower` makes a model for this one."
+        )
+
+
+def check_layers(model: nn.Module) -> None:
+    """Raise a ValueError if AdaptiveLayerLoss or Matryoshka2dLoss has replaced a forward pass of the encoder."""
+    if any(type(vars(module).get("forward")).__name__ == "TransformerDecorator" for module in model.children()):
+        raise ValueError(
+            "AdaptiveLayerLoss and Matryoshka2dLoss call the encoder once a column, and this loss encodes distinct "
+            "rows in mini-batches: layers and rows would be mixed. MatryoshkaLoss works around it; for fewer layers take "
+            "`Tower(..., num_hidden_layers=...)`."
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from st_fpsloss.batch.clicks import ClickBatch, Direction, renumbered
-from st_fpsloss.batch.statistics import has_in_batch_negatives
+from st_fpsloss.batch.statistics import has_in_batch_negatives, masked_q
 from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.arguments import LogQArguments
 from st_fpsloss.losses.log_q import LogQLoss
@@ -20,6 +20,7 @@ from st_fpsloss.objectives.softmax import full_product_softmax
 
 _SAMPLED_ANCHORS = 64  # whose negatives are looked at for a warning
 _FEW_NEGATIVES, _OF_MANY = 2.0, 20
+_MUCH_MASKED_Q = 0.25
 
 
 class FPSLoss(LogQLoss):
@@ -121,6 +122,8 @@ class FPSLoss(LogQLoss):
         direction: Direction = "query_to_doc" if "query_to_doc" in self.directions else "doc_to_query"
         anchor_rows, candidates = (queries, documents) if direction == "query_to_doc" else (documents, queries)
         anchors, targets = batch.softmax_targets(direction, self.relevance, "mask", self.log_q)
+        if self.log_q == "corrected" and direction == "query_to_doc":
+            figures["masked_q"] = masked_q(batch)
         sample = torch.arange(0, len(anchors), max(1, len(anchors) // _SAMPLED_ANCHORS), device=anchors.device)
         dtype = torch.promote_types(candidates.dtype, torch.float32)
         logits = self.alpha * anchor_rows[anchors[sample]].to(dtype) @ candidates.to(dtype).T
@@ -138,6 +141,12 @@ class FPSLoss(LogQLoss):
     def training_warnings(self, means: Mapping[str, float]) -> list[str]:
         """What is wrong with a training by the means of its figures; a sentence each, with its cure."""
         found = super().training_warnings(means)
+        if means.get("masked_q", 0.0) >= _MUCH_MASKED_Q:
+            found.append(
+                f"The other positives of a row's query have {means['masked_q']:.0%} of all draws, and "
+                "`log_q='corrected'` leaves them out of the softmax, which then is another one than that over all "
+                "documents. Take `log_q='standard'` with `duplicates='keep'`, which estimates the latter."
+            )
         distinct, effective = means.get("distinct_negatives", 0.0), means.get("effective_negatives", 0.0)
         if distinct >= _OF_MANY and effective < _FEW_NEGATIVES:
             found.append(

@@ -14,6 +14,7 @@ class LossDiagnostics:
     - ``without_positives``, ``without_negatives``: share of these batches that had no row with r > 0, or such rows but
       no negative for any of them. The loss then is constant. Not with SigmoidLoss, which learns from each by itself.
     - ``masked_share``: share of a row's document columns, its positive's aside, that are false negatives of it.
+    - ``masked_q``: share of all draws that the other positives of a row's query have. With ``log_q="corrected"`` alone.
     - ``repeated_rows``: share of the rows of all columns that repeat another one, and so were not encoded.
     - ``distinct_negatives``: different negatives of a row; ``effective_negatives``: how many equal ones would have the
       entropy of the weights that the softmax gives them. FPSLoss alone.

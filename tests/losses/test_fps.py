@@ -1,18 +1,19 @@
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, Matryoshka2dLoss, MatryoshkaLoss
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.frequencies.table import FrequencyTable
 from st_fpsloss.objectives import naive
 from tests.losses.agreement import random_batch
-from tests.losses.conftest import clicks, gradients, small_model
+from tests.losses.conftest import clicks, gradients, plain_model, small_model
 
 MODEL = small_model()
 TABLE = FrequencyTable()
@@ -259,3 +260,56 @@ def wrong_batch(columns=None, labels=None):
 def test_wrong_input_is_refused_with_its_cure(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("wrapper", [AdaptiveLayerLoss, Matryoshka2dLoss])
+def test_losses_that_cut_layers_are_refused(wrapper, minilm):
+    model = plain_model(minilm)
+    arguments = [FPSLoss(model, scale=1.0), *([[16, 8]] if wrapper is Matryoshka2dLoss else [])]
+    with pytest.raises(ValueError, match="MatryoshkaLoss works around it"):
+        wrapper(model, *arguments)(clicks(model, 3)[0](), None)
+
+
+def test_a_model_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="`model` must be a SentenceTransformer.*got a Linear"):
+        FPSLoss(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("options", [dict(scale=float("inf")), dict(max_scale=float("inf")), dict(bias=float("nan"))])
+def test_what_is_not_finite_is_refused(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be"):
+        FPSLoss(MODEL, **options)
+
+
+def test_the_signature_has_all_arguments_in_the_order_of_the_contract_and_the_help_explains_each():
+    names = list(inspect.signature(FPSLoss).parameters)
+    expected = [
+        "model", "scale", "bias", "learn_scale", "learn_bias", "max_scale", "directions", "relevance", "duplicates",
+        "log_q", "frequencies", "known_positives", "similarity", "mini_batch_num_tokens", "cache_gradients",
+    ]  # fmt: skip
+    assert [name for name in names if name in expected] == expected
+    assert all(f"\n    {name}: " in FPSLoss.__doc__ for name in names)
+    assert FPSLoss(MODEL, 3.0).alpha == pytest.approx(3.0)
+    with pytest.raises(TypeError, match="hardest"):
+        FPSLoss(MODEL, hardest=3)
+
+
+def test_log_q_that_leaves_out_much_of_q_is_warned_of():
+    loss = FPSLoss(MODEL, log_q="corrected")
+    query, document = torch.zeros(4, dtype=torch.int64), torch.tensor([[0, 1, 2, 3]])
+    embeddings = [torch.randn(1, 4).expand(4, 4), torch.randn(4, 4, requires_grad=True)]
+    loss.compute_loss_from_embeddings(embeddings, None, query, document, torch.full((1, 4), 0.2).log())
+    figures = loss.batch_statistics()
+    assert figures["masked_q"] == pytest.approx(0.6)
+    assert any("have 60% of all draws" in warning for warning in loss.training_warnings(figures))
+
+
+def test_float64_stays_float64():
+    model = small_model().double()
+    loss = FPSLoss(model, scale=1.0, similarity="dot").double()
+    features, ids = clicks(model, 12)
+    U, W = (model(column)["sentence_embedding"] for column in features())
+    expected = naive.full_product_softmax(
+        U, W[None], loss.logit_scale.exp(), ids[0], ids[1:], torch.ones(12).double(), duplicates="mask"
+    )
+    assert abs(loss(features()) - expected) < 1e-13
