@@ -271,7 +271,7 @@ def test_losses_that_cut_layers_are_refused(wrapper, minilm):
 
 
 def test_a_model_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="`model` must be a SentenceTransformer.*got a Linear"):
+    with pytest.raises(ValueError, match=r"`model` must be a SentenceTransformer.*got a Linear"):
         FPSLoss(torch.nn.Linear(2, 2))
 
 
@@ -309,7 +309,6 @@ def test_float64_stays_float64():
     loss = FPSLoss(model, scale=1.0, similarity="dot").double()
     features, ids = clicks(model, 12)
     U, W = (model(column)["sentence_embedding"] for column in features())
-    expected = naive.full_product_softmax(
-        U, W[None], loss.logit_scale.exp(), ids[0], ids[1:], torch.ones(12).double(), duplicates="mask"
-    )
+    r, alpha = torch.ones(12, dtype=torch.float64), loss.logit_scale.exp()
+    expected = naive.full_product_softmax(U, W[None], alpha, ids[0], ids[1:], r, duplicates="mask")
     assert abs(loss(features()) - expected) < 1e-13
