@@ -27,8 +27,9 @@ def check_model(model: object) -> None:
     """Raise a ValueError unless the model is a SentenceTransformer."""
     if not isinstance(model, SentenceTransformer):
         raise ValueError(
-            f"`model` must be a SentenceTransformer, with dense embeddings, got a {type(model).__name__}. For a CrossEncoder or a SparseEncoder take the losses that "
-            "sentence-transformers has for them; `two_tower` makes a model for this one."
+            f"`model` must be a SentenceTransformer, with dense embeddings, got a {type(model).__name__}. For a "
+            "CrossEncoder or a SparseEncoder take the losses that sentence-transformers has for them; `two_tower` makes "
+            "a model for this one."
         )
 
 
@@ -37,8 +38,8 @@ def check_layers(model: nn.Module) -> None:
     if any(type(vars(module).get("forward")).__name__ == "TransformerDecorator" for module in model.children()):
         raise ValueError(
             "AdaptiveLayerLoss and Matryoshka2dLoss call the encoder once a column, and this loss encodes distinct "
-            "rows in mini-batches: layers and rows would be mixed. MatryoshkaLoss works around it; for fewer layers take "
-            "`Tower(..., num_hidden_layers=...)`."
+            "rows in mini-batches: layers and rows would be mixed. MatryoshkaLoss works around it; for fewer layers "
+            "take `Tower(..., num_hidden_layers=...)`."
         )
 
 
