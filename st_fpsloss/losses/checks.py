@@ -28,7 +28,7 @@ def check_model(model: object) -> None:
     if not isinstance(model, SentenceTransformer):
         raise ValueError(
             f"`model` must be a SentenceTransformer, with dense embeddings, got a {type(model).__name__}. For a "
-            "CrossEncoder or a SparseEncoder take the losses that sentence-transformers has for them; `two_tower` makes "
+            "CrossEncoder or a SparseEncoder take those of sentence-transformers; `two_tower` makes "
             "a model for this one."
         )
 
