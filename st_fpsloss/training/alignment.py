@@ -197,13 +197,17 @@ def _query_tower(model: SentenceTransformer, teacher: SentenceTransformer | None
     weights = {id(parameter) for parameter in document.parameters()}
     if teacher is None and any(id(parameter) in weights for parameter in tower.parameters()):
         raise ValueError("The towers of model share weights: teaching one the embeddings of the other changes both.")
-    if teacher is not None and teacher.get_embedding_dimension() != model.get_embedding_dimension():
+    if teacher is not None and _dim(teacher) != _dim(model):
         raise ValueError(
-            f"teacher has embeddings of {teacher.get_embedding_dimension()} dimensions, model of "
-            f"{model.get_embedding_dimension()}: leave teacher=None, or build the model with "
-            f"embedding_dim={teacher.get_embedding_dimension()}."
+            f"teacher has embeddings of {_dim(teacher)} dimensions, model of {_dim(model)}: leave teacher=None, or "
+            f"build the model with embedding_dim={_dim(teacher)}."
         )
     return tower
+
+
+def _dim(model: SentenceTransformer) -> int:
+    """Size of a model's embeddings without the dimension of a document bias."""
+    return model.get_embedding_dimension() - any(isinstance(module, BiasDimension) for module in model)
 
 
 def _shuffled(texts: Sequence[str], seed: int) -> list[str]:
@@ -227,19 +231,18 @@ def _targets(model: SentenceTransformer, texts: list[str], teacher: SentenceTran
         targets = teacher.encode_query(texts, **arguments)
     else:
         targets = model.encode_document(texts, prompt=model.prompts.get("query") or "", **arguments)
-    has_bias = any(isinstance(module, BiasDimension) for module in model)
-    return targets[:, : -1 if has_bias else None].float().cpu()
+    return targets[:, : _dim(model)].float().cpu()
 
 
 @torch.no_grad()
 def _start_from_words(tower: nn.Sequential, model: SentenceTransformer, teacher: SentenceTransformer | None) -> None:
     """Gives a StaticEmbedding the embedding to learn of each word of its vocabulary, and an MLP that passes it on."""
     static: Any = tower[0]
+    table, dim = static.embedding.weight, _dim(model)
     layers = [module for module in tower if isinstance(module, Dense)]
-    dim = layers[-1].out_features
-    if static.get_embedding_dimension() != dim or carried_rank([m.out_features for m in layers[:-1]], dim) < dim:
+    has_room = carried_rank([layer.out_features for layer in layers[:-1]], dim) == dim
+    if not table.requires_grad or table.shape[1] != dim or not has_room:
         return
-    table = static.embedding.weight
     words = [static.tokenizer.decode([number]).removeprefix("##").strip() for number in range(len(table))]
     known = [number for number, word in enumerate(words) if word]
     table[known] = _targets(model, [words[number] for number in known], teacher).to(table)

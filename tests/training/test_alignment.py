@@ -45,13 +45,13 @@ def test_the_query_tower_comes_to_agree_and_nothing_else_changes(caplog: pytest.
 
 def test_a_teacher_takes_the_place_of_the_document_tower_and_a_bias_is_no_target() -> None:
     model = light_model(document_bias=True)
-    teacher = light_model(similarity="dot", document_bias=True)
+    teacher = light_model(similarity="dot")
     torch.nn.init.normal_(model[0].sub_modules["document"][-2].linear.weight)
     align_towers(model, TEXTS, epochs=1)
     assert set(model.encode_query(TEXTS[:9])[:, -1]) == {1.0}
     target = torch.tensor(teacher.encode_query(TEXTS))
     align_towers(model, TEXTS, teacher=teacher, epochs=8, batch_size=32)
-    assert cosine_similarity(torch.tensor(model.encode_query(TEXTS)), target).mean() > 0.95
+    assert cosine_similarity(torch.tensor(model.encode_query(TEXTS))[:, :-1], target).mean() > 0.95
 
 
 def test_the_loss_is_its_formula() -> None:
