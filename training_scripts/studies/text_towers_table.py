@@ -16,23 +16,12 @@ from st_fpsloss.evaluation.bootstrap import bootstrap_interval, paired_differenc
 from st_fpsloss.utils.files import json_lines, write_whole
 from training_scripts.studies import text_towers as study
 
-REFERENCE = "FPSLoss on the encoder"
+REFERENCE = "CachedMultipleNegativesRankingLoss on the encoder"
 
 
 def per_query(results: Iterable[dict[str, Any]]) -> np.ndarray:
     """NDCG@10 of each test query, the mean over seeds."""
     return np.mean([result["per_query"][study.NUM_QUERIES :] for result in results], axis=0)
-
-
-def seconds_to(points: list[dict[str, Any]], quality: float) -> float | None:
-    """The processor's time at which a run reached a quality on validation, interpolated between its evaluations."""
-    before = points[0]
-    for point in points[1:]:
-        if point["validation"] >= quality:
-            share = (quality - before["validation"]) / (point["validation"] - before["validation"])
-            return before["seconds"] + max(0.0, share) * (point["seconds"] - before["seconds"])
-        before = point
-    return None
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -41,12 +30,9 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         by_row.setdefault(result["row"], []).append(result)
     reference = per_query(by_row[REFERENCE]) if REFERENCE in by_row else None
-    lines = [
-        "| | seeds | untrained | "
-        + " | ".join(f"step {step}" for step in study.EVALUATIONS)
-        + " | 95% interval | against FPSLoss on the encoder | seconds a step | α | ms a query |",
-        "|---" * (7 + len(study.EVALUATIONS)) + "|",
-    ]
+    header = ["", "seeds", "untrained", *(f"step {step}" for step in study.EVALUATIONS), "95% interval"]
+    header += ["less the cached stock loss", "seconds a step", "α", "alignment: seconds, cosine", "ms a query"]
+    lines = [f"| {' | '.join(header)} |".replace("|  |", "| |"), "|---" * len(header) + "|"]
     for name in [row.name for row in study.ROWS if row.name in by_row]:
         runs = by_row[name]
         values = per_query(runs)
@@ -62,7 +48,9 @@ def table(results: list[dict[str, Any]]) -> str:
         last = runs[0]["points"][-1]
         seconds = f"{last['seconds'] / last['step']:.1f}" if last["step"] else ""
         alphas = ", ".join(f"{run['alpha']:.1f}" for run in runs if run.get("alpha"))
-        cells = [name, str(len(runs)), *points, f"{low:.3f} to {high:.3f}", difference, seconds, alphas]
+        aligned = runs[0].get("agreement")
+        alignment = f"{runs[0]['align_seconds']:.0f}, {aligned['cosine']:.2f}" if aligned else ""
+        cells = [name, str(len(runs)), *points, f"{low:.3f} to {high:.3f}", difference, seconds, alphas, alignment]
         lines.append("| " + " | ".join([*cells, f"{runs[0]['query_ms']:.1f}"]) + " |")
     return "\n".join(lines)
 
