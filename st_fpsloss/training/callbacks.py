@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from st_fpsloss.batch.distributed import world_size
 from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.model_card import record_losses, record_training, use_two_tower_card
 from st_fpsloss.negatives.sampled import resample
 from st_fpsloss.towers import freeze_unused_parameters
 from st_fpsloss.training.checkpoints import files_of
@@ -123,6 +124,8 @@ class LossStateCallback(TrainerCallback, ExportableState):
         frozen = [] if model is None else freeze_unused_parameters(model)
         if frozen:
             logger.info("No output depends on %s: frozen.", ", ".join(frozen))
+        if isinstance(model, SentenceTransformer):
+            use_two_tower_card(model)
 
     def on_train_begin(
         self,
@@ -231,6 +234,8 @@ class LossStateCallback(TrainerCallback, ExportableState):
         if control.should_save and args.should_save:
             # Left by an earlier run, it would vouch for a mixture of both runs' files if this one is killed.
             (self._folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            if isinstance(model, SentenceTransformer):
+                record_losses(model, self._losses)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -238,19 +243,26 @@ class LossStateCallback(TrainerCallback, ExportableState):
         """Sum up, with warnings; after ``load_best_model_at_end``, give the loss the α of that step too."""
         if kwargs.get("model") is not None:
             check_weights(kwargs["model"], self._losses, args, state.global_step)
-        if state.is_world_process_zero and self._values.seen and self._finished is None:
+        trained = state.is_world_process_zero and bool(self._values.seen) and self._finished is None
+        if trained:
             self._figures.sum_up()
             for name in sorted(set(self._losses) - self._values.seen):
                 warn(
                     name, ["This loss has seen no batch. Is it the object that the trainer has, with rows to train on?"]
                 )
             warn("", self._encoder_check.after(kwargs.get("model")))
-        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
-            return
-        path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
-        stored = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"].get(type(self).__name__)
-        if stored is not None:
-            self._restore(stored)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            path = Path(state.best_model_checkpoint) / TRAINER_STATE_NAME
+            stored = json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"].get(type(self).__name__)
+            if stored is not None:
+                self._restore(stored)
+        if trained:
+            self._complete_card(kwargs)
+
+    def _complete_card(self, kwargs: Mapping[str, Any]) -> None:
+        model, loaders = kwargs.get("model"), [kwargs.get("train_dataloader"), kwargs.get("eval_dataloader")]
+        if isinstance(model, SentenceTransformer):
+            record_training(model, self._losses, *(getattr(loader, "dataset", None) for loader in loaders))
 
     def _check_alone(self, state: TrainerState) -> None:
         """Refuse a second callback: transformers stores both states as a list, which nothing can be restored from."""

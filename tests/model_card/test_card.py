@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerModelCardData,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.base.model_card import BaseModelCardData
 
-from st_fpsloss import FPSLoss
+from st_fpsloss import FPSLoss, LossStateCallback
 from st_fpsloss.model_card import record_training
 from st_fpsloss.towers import Tower, id_embedding, two_tower
 from tests.towers.conftest import IDS, columns, featured_model, features, train, words
@@ -141,3 +148,28 @@ def test_the_card_of_a_trained_model_has_its_towers_loss_clicks_and_pictures(tmp
     for name in ("learning_curve.png", "softmax.png"):
         assert f'src="assets/{name}"' in card and (tmp_path / "assets" / name).stat().st_size > 1000
     assert model.model_card_data.softmax.sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_run_with_the_callback_puts_the_learned_scale_and_the_clicks_into_every_card(tmp_path: Path) -> None:
+    model = two_tower(Tower(words()), Tower(words()), embedding_dim=8)
+    loss = FPSLoss(model, scale=2.0)
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=10,
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-2,
+        router_mapping={"query": "query", "document": "document"},
+        report_to=[],
+    )
+    clicks = Dataset.from_dict({"query": IDS, "document": IDS[::-1]})
+    SentenceTransformerTrainer(
+        model=model, args=args, train_dataset=clicks, loss=loss, callbacks=[LossStateCallback(loss)]
+    ).train()
+    assert loss.alpha != 2.0
+    card = card_of(model, tmp_path / "model")
+    assert f"α = {round(loss.alpha, 4)} at the end" in card and "| rows | 20 |" in card and "i17" not in card
+    early = (tmp_path / "run" / "checkpoint-2" / "README.md").read_text()
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    stored = state["stateful_callbacks"]["LossStateCallback"]["attributes"]["losses"][""]["logit_scale"]
+    assert f"α = {round(math.exp(stored), 4)} at the end" in early
