@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from st_fpsloss.utils.lazy import lazy
 
+__version__ = "0.2.0"
+
 if TYPE_CHECKING:
     from st_fpsloss.evaluation import RetrievalEvaluator
     from st_fpsloss.losses import FPSLoss, FullSoftmaxLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss

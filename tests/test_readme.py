@@ -14,10 +14,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_training_script_of_the_readme_runs_and_its_model_loads_without_this_package(tmp_path, minilm):
-    (script,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    script = script.replace("sentence-transformers/all-MiniLM-L6-v2", minilm)  # the hub cannot be reached in tests
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+def test_the_drop_in_and_the_two_towers_of_the_readme_run_and_load_without_this_package(tmp_path, minilm):
+    scripts = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(scripts) == 2 and "two_tower(" in scripts[1]
+    for script in scripts:
+        script = script.replace("sentence-transformers/all-MiniLM-L6-v2", minilm)  # the hub cannot be reached in tests
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, timeout=300)
     load = """
 import sys
 class Blocked:
