@@ -108,8 +108,7 @@ def mine_hard_negatives(
 
 def _ids_by_key(model: SentenceTransformer, index: DocumentIndex) -> dict[int, list[Any]]:
     """The ids of the documents of an index by what the tower reads; several may read alike."""
-    inputs = {document_id: index.document(document_id) for document_id in index.ids}
-    known = {document_id: document for document_id, document in inputs.items() if document is not None}
+    known = {document_id: document for document_id, document in index.items() if document is not None}
     ids_of: dict[int, list[Any]] = defaultdict(list)
     for document_id, key in zip(
         known, input_fingerprints(model, list(known.values()), "document").tolist(), strict=True

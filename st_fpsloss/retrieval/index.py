@@ -7,7 +7,7 @@ import logging
 import numbers
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -218,6 +218,14 @@ class DocumentIndex:
         """
         text = self._row(document_id, [_INPUT])[_INPUT]
         return None if text is None else json.loads(text)
+
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """Read all documents: (id, input), in the order of :attr:`ids`; inputs as :meth:`document` returns them."""
+        snapshot = self._snapshot
+        texts = pa.chunked_array([*snapshot.stored[_INPUT].chunks, *snapshot.added[_INPUT].chunks])
+        texts = texts.filter(pa.array(snapshot.live))
+        for document_id, text in zip(snapshot.ids, texts, strict=True):
+            yield document_id, None if not text.is_valid else json.loads(text.as_py())
 
     def fields(self, document_id: Any) -> dict[str, Any]:
         """Return the stored columns of a document.

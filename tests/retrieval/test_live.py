@@ -258,6 +258,7 @@ def test_adding_and_removing_by_id(tmp_path):
     assert index.ids == [1, 2]
     index.add(model, {3: "document3"})
     index.remove([1])
+    assert list(index.items()) == [(2, "document2"), (3, "document3")]
     assert index.ids == [2, 3] and index.document(3) == "document3" and DocumentIndex.load(index.path).ids == [1, 2]
     index.add(model, {1: "document9"})
     assert DocumentIndex.current_generation(index.path) == index.info["generation"]
