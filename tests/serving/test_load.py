@@ -19,6 +19,7 @@ from tests.serving.running import get, post, serving
 
 QUERIES = [" ".join(words) for words in itertools.combinations(WORDS[:8], 2)]
 K = 5
+_LEAST = 30  # searches of a client, however slow the machine
 _LONG = "red shoes " * 20_000  # of a search that is within the limits, if only just
 
 
@@ -44,7 +45,9 @@ def test_under_load_while_the_index_is_replaced_ten_times(served_model, query_fo
 
         def client(seed):
             rng = random.Random(seed)
-            while time.monotonic() < end:
+            for turn in itertools.count():
+                if turn >= _LEAST and time.monotonic() > end:
+                    return
                 query = rng.choice(QUERIES)
                 answers.append((query, post(port, "/search", {"query": query, "k": K})))
                 if rng.random() < 0.02:
@@ -52,8 +55,10 @@ def test_under_load_while_the_index_is_replaced_ten_times(served_model, query_fo
 
         def bad_client(seed):
             rng = random.Random(seed)
-            while time.monotonic() < end:
-                path, body, headers, status, reason = rng.choice(MALFORMED)
+            for turn in itertools.count(seed):
+                if turn >= seed + len(MALFORMED) and time.monotonic() > end:
+                    return
+                path, body, headers, status, reason = MALFORMED[turn % len(MALFORMED)]
                 found, answer = post(port, path, body, headers)
                 refusals.append((found, status, answer["error"], reason))
                 if not raw_answer(port, rng.randbytes(100) + b"\r\n\r\n").startswith(b"HTTP/1.1 400"):
@@ -84,7 +89,7 @@ def test_under_load_while_the_index_is_replaced_ten_times(served_model, query_fo
     generations = {answer["generation"] for _, (_, answer) in answers}
     assert len(generations) > 3
     assert max(memory) - memory[0] < 150, memory
-    assert (len(answers) > 20 * seconds, len(refusals) > 20 * seconds) == (True, True)
+    assert len({reason for *_, reason in refusals}) == len({reason for *_, reason in MALFORMED})
 
 
 def _noting(work, errors):
