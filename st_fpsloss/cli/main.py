@@ -12,6 +12,7 @@ COMMANDS = {
     "pretrain": "train two towers on a click log with FPSLoss",
     "finetune": "train a model further: on grades, impressions, sampled or hard negatives",
     "evaluate": "rank the documents for held-out queries; compare models, with intervals",
+    "benchmark": "find out whether training is worth it on a log, beside popularity, ItemKNN, EASE, BM25",
     "index": "embed the documents into a search index",
     "search": "search an index",
     "serve": "search an index over HTTP: JSON, and a page",

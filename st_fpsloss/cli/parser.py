@@ -16,10 +16,10 @@ from transformers import HfArgumentParser
 _OPTION_FILES = (".yaml", ".yml", ".json")
 _AT_LEAST_1 = (
     "at", "batch_size", "document_layers", "document_max_seq_length", "embedding_dim", "gradient_accumulation_steps",
-    "hardest", "k", "max_pairs", "mini_batch_num_tokens", "num_negatives", "num_train_epochs", "query_layers",
-    "per_device_eval_batch_size", "per_device_train_batch_size", "query_max_seq_length",
+    "hardest", "k", "max_pairs", "max_queries", "mini_batch_num_tokens", "num_negatives", "num_train_epochs",
+    "query_layers", "per_device_eval_batch_size", "per_device_train_batch_size", "query_max_seq_length",
 )  # fmt: skip
-_ABOVE_0 = ("learning_rate", "max_scale", "scale")
+_ABOVE_0 = ("learning_rate", "max_scale", "minutes", "scale")
 # The training arguments of sentence-transformers that help shows first, in fewer words than theirs.
 _TRAINING = {
     "output_dir": "receives model, model card, metrics and checkpoints",

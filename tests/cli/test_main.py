@@ -13,7 +13,13 @@ import yaml
 from st_fpsloss.cli.main import COMMANDS, main
 from tests.cli.conftest import QUIET, data_of, run, towers_of, write
 
-OPTIONS = [("pretrain", "--log_q"), ("finetune", "--grade_column"), ("evaluate", "--models"), ("search", "--queries")]
+OPTIONS = [
+    ("pretrain", "--log_q"),
+    ("finetune", "--grade_column"),
+    ("evaluate", "--models"),
+    ("benchmark", "--user_items"),
+    ("search", "--queries"),
+]
 
 
 def test_help_names_the_commands_without_loading_torch() -> None:
