@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from st_fpsloss.cli.benchmark.contenders import contenders_of
 from st_fpsloss.cli.benchmark.measure import Result
+from st_fpsloss.cli.benchmark.models import Settings
 from st_fpsloss.cli.benchmark.report import write_report
 from st_fpsloss.cli.benchmark.task import make_task
 from st_fpsloss.cli.benchmark.verdict import give_verdict
@@ -181,6 +183,15 @@ def test_a_report_of_part_of_the_contenders_says_that_it_is_not_finished(tmp_pat
     assert "Not finished: start the same command again" in report and "| documents | 1,234 |" in report
 
 
+def test_repeated_searches_are_compared_with_the_clicks_of_the_same_query(tmp_path: Path) -> None:
+    rows = [{"query": f"q{n % 10}", "document": f"d{n % 20 if n < 200 else 5}", "t": n} for n in range(220)]
+    task = make_task(load_clicks(write(tmp_path / "log.jsonl", rows), time="t"), False, None, 1000)
+    contender = next(one for one in contenders_of(task) if one.name == "same query")
+    query = next(number for number, text in task.queries.items() if text == "q3")
+    best = task.test_evaluator.top_k(contender.fit(task, Settings(1.0, 1, "", 8, 1e-3)).score, 3)[query]
+    assert {task.documents[number] for number, score in best if score >= 1} == {"d3", "d13"}  # seen ones stay in
+
+
 def test_cold_documents_and_repeated_clicks(tmp_path: Path) -> None:
     rows = [*next_items(30, 8), *({"query": f"u{user}", "document": "new", "t": 8} for user in range(5))]
     rows.append({"query": "u9", "document": rows[9 * 8]["document"], "t": 9})  # what the user had before
@@ -199,17 +210,19 @@ def test_cold_documents_and_repeated_clicks(tmp_path: Path) -> None:
     [
         (["--split", "time"], "--split time needs --time_column"),
         (["--split", "last"], "--split last: no query has 3 clicks"),
+        (["--encoder", "no/such/folder"], "'no/such/folder' is neither the folder of a model nor the id of one"),
         (["--minutes", 0], "--minutes 0.0: pass a number that is above 0"),
     ],
 )
-def test_wrong_options_are_refused(tmp_path: Path, more: list[Any], message: str) -> None:
+def test_wrong_options_are_refused(tmp_path: Path, encoder: Path, more: list[Any], message: str) -> None:
     dataset = write(tmp_path / "log.jsonl", [{"query": f"q{n}", "document": f"d{n % 7}"} for n in range(50)])
     with pytest.raises(ValueError, match=message):
-        run("benchmark", "--dataset", dataset, "--output_dir", tmp_path / "out", *more)
+        run("benchmark", "--dataset", dataset, "--encoder", encoder, "--output_dir", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
 
 
-def test_dicts_without_text_are_refused_unless_they_are_users_and_items(tmp_path: Path) -> None:
+def test_dicts_without_text_are_refused_unless_they_are_users_and_items(tmp_path: Path, encoder: Path) -> None:
     rows = [{"query": {"user": str(n % 9)}, "document": {"film": str(n % 7)}} for n in range(60)]
     with pytest.raises(ValueError, match=r'some inputs have no "text"\. Pass --user_items'):
-        run("benchmark", "--dataset", write(tmp_path / "log.jsonl", rows), "--output_dir", tmp_path / "out")
+        dataset = write(tmp_path / "log.jsonl", rows)
+        run("benchmark", "--dataset", dataset, "--encoder", encoder, "--output_dir", tmp_path / "out")

@@ -75,9 +75,13 @@ def main(argv: Sequence[str] | None = None) -> bool | None:
     from st_fpsloss.cli.benchmark.models import Settings
     from st_fpsloss.cli.benchmark.report import write_report
     from st_fpsloss.cli.benchmark.task import make_task
+    from st_fpsloss.cli.models import load_model
+    from st_fpsloss.retrieval.encode import checked_similarity
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if not options.user_items:
+        checked_similarity(load_model(options.encoder))  # before baselines take their time
     rows = data.read(label=data.label_column, time=options.time_column)
     task = make_task(rows, options.user_items, options.split, options.max_queries)
     contenders = contenders_of(task)

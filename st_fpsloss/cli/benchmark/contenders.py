@@ -19,7 +19,8 @@ from st_fpsloss.evaluation.evaluator import ScoreFunction
 from st_fpsloss.retrieval.encode import checked_similarity
 
 POPULARITY, OURS = "popularity", "FPSLoss"
-_EASE_ITEMS = 10_000  # EASE inverts a matrix of items by items
+_MOST_CLICKED = 10_000  # items that EASE takes: it inverts a matrix of items by items
+_PAIRS_OF_ITEMS = 200_000_000  # of the histories, that ItemKNN counts at most
 _RECENT_KNN = [{"num_neighbours": 200, "shrink": 10.0, "decay": decay} for decay in (0.7, 0.8, 0.9)]
 _RECENT_EASE = [{"l2": l2, "decay": decay} for l2 in (500.0, 100.0) for decay in (0.8, 0.95)]
 _MIN_HISTORIES = 0.1  # share of the test's queries with a history, for baselines that read nothing else
@@ -61,6 +62,8 @@ def contenders_of(task: Task) -> list[Contender]:
     with_history = np.mean([bool(task.test.histories.get(query)) for query in task.test.relevant])
     if task.user_items or with_history >= _MIN_HISTORIES:
         found += _of_histories()
+    if not task.user_items and with_history >= _MIN_HISTORIES:
+        found.append(Contender("same query", "what the very query clicked before, then popularity", _same_query))
     if task.user_items:
         stock, ours = "the same id model and its history", "id model: history and items in one table"
     else:
@@ -118,13 +121,32 @@ def _chosen(kind: type[IdBaseline], grid: Sequence[dict[str, Any]]) -> Callable[
 
 
 def _histories_for(kind: type[IdBaseline], task: Task) -> tuple[Histories, dict[str, Any]]:
-    """What a baseline learns from, and a note where that is not all."""
+    """What a baseline learns from: clicks of the most clicked items alone, noted, where all would not fit in memory."""
     histories = task.validation.histories
-    if kind is not EASE or len(task.clicks) <= _EASE_ITEMS:
+    if kind is EASE:
+        fits = len(task.clicks) <= _MOST_CLICKED
+    else:
+        fits = sum(len(items) ** 2 for items in histories.values()) <= _PAIRS_OF_ITEMS
+    if fits:
         return histories, {}
-    kept = {item for item, _ in task.clicks.most_common(_EASE_ITEMS)}
-    note = {"items": f"the {_EASE_ITEMS:,} most clicked"}
+    kept = {item for item, _ in task.clicks.most_common(_MOST_CLICKED)}
+    note = {"items": f"the {_MOST_CLICKED:,} most clicked"}
     return {user: [item for item in items if item in kept] for user, items in histories.items()}, note
+
+
+def _same_query(task: Task, settings: Settings) -> Fitted:
+    started = time.perf_counter()
+    popularity = _id_scores(Popularity().fit(task.validation.histories), task, task.test)
+    column = {number: place for place, number in enumerate(task.documents)}
+
+    def score(query_ids: list[Any]) -> np.ndarray:
+        scores = popularity(query_ids) / (1.0 + max(task.clicks.values()))  # below one click
+        for row, query in enumerate(query_ids):
+            for document in task.test.histories.get(query, ()):
+                scores[row, column[document]] += 1.0
+        return scores
+
+    return Fitted(score, time.perf_counter() - started)
 
 
 def _id_scores(baseline: IdBaseline, task: Task, judgments: Judgments) -> ScoreFunction:
@@ -171,7 +193,7 @@ def embedding_scores(model: SentenceTransformer, task: Task) -> ScoreFunction:
     corpus = embed(model.encode_document, list(task.document_inputs.values()))
     row = {query: number for number, query in enumerate(inputs)}
 
-    def score(query_ids: Sequence[Any]) -> np.ndarray:
+    def score(query_ids: list[Any]) -> np.ndarray:
         return (queries[[row[query] for query in query_ids]] @ corpus.T).astype(np.float32)
 
     return score

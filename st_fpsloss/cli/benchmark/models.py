@@ -123,7 +123,8 @@ def id_model(task: Task) -> SentenceTransformer:
 
 def _ours_of_ids(task: Task, settings: Settings) -> Trained:
     windows = next_item_windows(task.train, **_COLUMNS)
-    clicks = sum(len(items) - 1 for items in windows["items"])
+    histories = windows["items"][:]
+    clicks = sum(len(items) - 1 for items in histories)
     model = id_model(task)
     loss = FPSLoss(model, scale=_ID_SCALE, log_q="corrected", mini_batch_num_tokens=16384)
     budget = Budget(model, task.validation_evaluator, settings.seconds)
@@ -131,11 +132,11 @@ def _ours_of_ids(task: Task, settings: Settings) -> Trained:
     steps = train(
         model,
         loss,
-        Dataset.from_dict({"query": [{"items": items} for items in windows["items"]]}),
+        Dataset.from_dict({"query": [{"items": items} for items in histories]}),
         budget,
         PrefixCollator(model, history="items", documents=documents),
         **settings.arguments(
-            max(1, round(settings.batch_size * len(windows) / clicks)),
+            max(1, round(settings.batch_size * len(histories) / clicks)),
             router_mapping=_ROUTES,
             learning_rate_mapping={"logit_scale": _ID_SCALE_RATE},
         ),
@@ -150,8 +151,8 @@ def _id_pairs(task: Task, seed: int) -> Dataset:
         pairs = pairs.select(np.random.default_rng(seed).permutation(len(pairs))[:_MAX_PAIRS])
     return Dataset.from_dict(
         {
-            "query": [{"items": items.split()} for items in pairs["query"]],
-            "document": [{"item": item} for item in pairs["document"]],
+            "query": [{"items": items.split()} for items in pairs["query"][:]],
+            "document": [{"item": item} for item in pairs["document"][:]],
         }
     )
 
@@ -159,8 +160,8 @@ def _id_pairs(task: Task, seed: int) -> Dataset:
 def _text_rows(task: Task) -> Dataset:
     return Dataset.from_dict(
         {
-            "query": [task.queries[number] for number in task.train["query"]],
-            "document": [task.documents[number] for number in task.train["document"]],
+            "query": [task.queries[number] for number in task.train["query"][:]],
+            "document": [task.documents[number] for number in task.train["document"][:]],
         }
     )
 

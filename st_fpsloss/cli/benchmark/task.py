@@ -69,7 +69,7 @@ class Task:
     @cached_property
     def clicks(self) -> Counter[int]:
         """Clicks of each document in training."""
-        return Counter(self.train["document"])
+        return Counter(self.train["document"][:])
 
     @property
     def word(self) -> str:
@@ -195,7 +195,7 @@ def _first_split(queries: np.ndarray, has_time: bool) -> str:
 
 def _split(log: Dataset, split: str, has_time: bool, seed: int) -> DatasetDict:
     if split == "last":
-        if max(Counter(log["query"]).values()) < 3:
+        if max(Counter(log["query"][:]).values()) < 3:
             raise ValueError("--split last: no query has 3 clicks, for training, validation and test.")
         return leave_last_out(log, "query", "time")
     if split == "time" and not has_time:
@@ -211,7 +211,7 @@ def _judgments(
 ) -> Judgments:
     histories = item_histories(known, "query", "document", "time")
     relevant: dict[int, set[int]] = {}
-    for query, document in zip(held_out["query"], held_out["document"], strict=True):
+    for query, document in zip(held_out["query"][:], held_out["document"][:], strict=True):
         if not user_items or document not in histories.get(query, ()):
             relevant.setdefault(query, set()).add(document)
     if not relevant:
