@@ -10,7 +10,17 @@ if TYPE_CHECKING:
     from st_fpsloss.evaluation import RetrievalEvaluator
     from st_fpsloss.losses import FPSLoss, FullSoftmaxLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
     from st_fpsloss.retrieval import DocumentIndex
-    from st_fpsloss.towers import Categorical, History, Numerical, Tags, Tower, freeze_unused_parameters, two_tower
+    from st_fpsloss.towers import (
+        Categorical,
+        DocumentHistory,
+        History,
+        Numerical,
+        Tags,
+        Tower,
+        freeze_unused_parameters,
+        history_documents,
+        two_tower,
+    )
     from st_fpsloss.training import LossStateCallback, align_towers, last_complete_checkpoint
 else:
     # Each where it is first used: to encode a query without torch must not import torch.
@@ -27,13 +37,24 @@ else:
                 "TripletLoss",
             ],
             "retrieval": ["DocumentIndex"],
-            "towers": ["Categorical", "History", "Numerical", "Tags", "Tower", "freeze_unused_parameters", "two_tower"],
+            "towers": [
+                "Categorical",
+                "DocumentHistory",
+                "History",
+                "Numerical",
+                "Tags",
+                "Tower",
+                "freeze_unused_parameters",
+                "history_documents",
+                "two_tower",
+            ],
             "training": ["LossStateCallback", "align_towers", "last_complete_checkpoint"],
         },
     )
 
 __all__ = [
     "Categorical",
+    "DocumentHistory",
     "DocumentIndex",
     "FPSLoss",
     "FullSoftmaxLoss",
@@ -49,6 +70,7 @@ __all__ = [
     "TripletLoss",
     "align_towers",
     "freeze_unused_parameters",
+    "history_documents",
     "last_complete_checkpoint",
     "two_tower",
 ]

@@ -43,12 +43,12 @@ class HalfEncodedRows(TokenizedRows):
 
     encoder: FrozenEncoder
 
-    def embed(self, model: Any) -> Tensor:
+    def embed(self, model: Any, documents: Tensor | None = None) -> Tensor:
         """Embeddings (N, dim), by what comes after the encoder."""
         with ExitStack() as stack:
             for module in self.encoder:
                 stack.enter_context(_passing_on(module))
-            return super().embed(model)
+            return super().embed(model, documents)
 
 
 class FrozenEncoderCache:

@@ -6,8 +6,9 @@ allows keep their graph; the others are embedded without one and once more in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from sentence_transformers.base.losses.gradcache import RandContext
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from st_fpsloss.encoding.histories import Reader, readers
 from st_fpsloss.encoding.memory import GraphBudget
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.rows import Features, TokenizedRows
@@ -25,8 +27,12 @@ Encoder = Callable[[Features], Features]
 def encode(model: Encoder, plan: BatchPlan) -> Tensor:
     """Embeddings (N, dim) of a plan, with the graph of all of them if gradients are on."""
     with _no_sync(model):
-        parts = {number: _embed(model, plan.mini_batches[number]) for number in plan.order}
-        embeddings = torch.cat([parts[number] for number in sorted(parts)])
+        parts = {
+            number: _embed(model, plan.mini_batches[number]) for number in plan.order if number not in plan.readers
+        }
+        for number, reader in _readers(plan, parts).items():
+            parts[number] = _embed(model, reader.rows, reader.documents)
+        embeddings = _joined(parts)
     return _as_ddp_outputs(model, [embeddings])[0]
 
 
@@ -38,6 +44,9 @@ class CachedEncoding:
         plan: what to encode.
         budget: mini-batches within this budget, and the first of each tower in any case, keep their graph and are not
             embedded a second time.
+
+    Queries that read documents are embedded from leaves of their own, so that in the backward pass they come first, and
+    what reaches these leaves joins the gradient of the documents' embeddings.
 
     Example::
 
@@ -52,10 +61,17 @@ class CachedEncoding:
         self._autocast = _AutocastState(plan.index.device.type)
         self._kept: dict[int, Tensor] = {}  # number of the mini-batch -> embeddings with their graph
         self._to_replay: dict[int, RandContext] = {}
+        self._readers: dict[int, Reader] = {}
         parts: dict[int, Tensor] = {}
         learns: dict[int, bool] = {}  # route -> whether its tower has anything to learn; its first mini-batch tells
         total = to_spare = budget.total(model, plan.index.device)
         for number in plan.order:
+            if number in plan.readers and not self._readers:
+                learned = any(learns.values())
+                self._readers = {
+                    number: replace(reader, documents=reader.documents.clone().requires_grad_(learned))
+                    for number, reader in _readers(plan, parts).items()
+                }
             rows, route = plan.mini_batches[number], plan.route_of[number]
             size, is_first = rows.num_tokens, route not in learns
             with_graph = is_first or (learns[route] and budget.cost(route, size) <= to_spare)
@@ -67,7 +83,7 @@ class CachedEncoding:
                 self._autocast.restored(cache=with_graph),
                 budget.measured(model, route, size) if is_first else nullcontext(),
             ):
-                embedded = _embed(model, rows)
+                embedded = self._embed(number)
             learns.setdefault(route, embedded.requires_grad)
             if embedded.requires_grad:
                 self._kept[number] = embedded
@@ -76,9 +92,8 @@ class CachedEncoding:
                 self._to_replay[number] = random_state
             parts[number] = embedded.detach()
         budget.log(len(self._kept), len(self._kept) + len(self._to_replay), total - to_spare)
-        ordered = [parts[number] for number in sorted(parts)]
-        self._sizes = [len(part) for part in ordered]
-        self.embeddings = torch.cat(ordered).requires_grad_(any(learns.values()))
+        self._sizes = [len(parts[number]) for number in sorted(parts)]
+        self.embeddings = _joined(parts).requires_grad_(any(learns.values()))
 
     def attach(self, loss: Tensor) -> Tensor:
         """The same loss, whose backward pass also sends the leaf's gradient through the encoders.
@@ -95,31 +110,64 @@ class CachedEncoding:
         if gradient is None:
             raise RuntimeError("The gradient cache is empty: a loss can be backpropagated once.")
         self.embeddings.grad = None
-        gradients = (grad_output * gradient).split(self._sizes)
-        distributed = isinstance(self._model, DistributedDataParallel)
-        if not distributed:  # kept mini-batches free their memory before others are replayed
-            self._backward_kept(gradients)
-        for number in self._to_replay:
-            torch.autograd.backward(self._replay(number), gradients[number])
-        if distributed:
+        gradient = grad_output * gradient
+        gradients = gradient.split(self._sizes)  # views: they see what readers add
+        others = [number for number in self._plan.order if number not in self._readers]
+        if isinstance(self._model, DistributedDataParallel):
             # The reducer of DistributedDataParallel ends with the first backward that completes a bucket: what is
             # replayed accumulates without it, and what was kept, at least one mini-batch of each tower, comes last.
-            self._backward_kept(gradients)
+            self._peek_at_kept_readers(gradients)
+            self._replay(self._readers, gradients)
+            self._add_readers_gradients(gradient)
+            self._replay(others, gradients)
+            self._backward_kept(self._plan.order, gradients)
+        else:  # kept mini-batches free their memory before others are replayed
+            self._backward_kept(self._readers, gradients)
+            self._replay(self._readers, gradients)
+            self._add_readers_gradients(gradient)
+            self._backward_kept(others, gradients)
+            self._replay(others, gradients)
+        self._readers.clear()
 
-    def _backward_kept(self, gradients: Sequence[Tensor]) -> None:
+    def _backward_kept(self, numbers: Iterable[int], gradients: Sequence[Tensor]) -> None:
+        numbers = [number for number in numbers if number in self._kept]
+        if not numbers:
+            return
         with torch.enable_grad():
-            kept = _as_ddp_outputs(self._model, list(self._kept.values()))
-        torch.autograd.backward(kept, [gradients[number] for number in self._kept])
-        self._kept.clear()
+            kept = _as_ddp_outputs(self._model, [self._kept.pop(number) for number in numbers])
+        torch.autograd.backward(kept, [gradients[number] for number in numbers])
 
-    def _replay(self, number: int) -> Tensor:
-        with (
-            self._to_replay[number],
-            _no_sync(self._model),
-            torch.enable_grad(),
-            self._autocast.restored(cache=True),
-        ):
-            return _embed(self._model, self._plan.mini_batches[number])
+    def _peek_at_kept_readers(self, gradients: Sequence[Tensor]) -> None:
+        """Carry gradients to the documents that kept mini-batches read, past the weights, whose turn comes later."""
+        for number, reader in self._readers.items():
+            if number in self._kept and reader.documents.requires_grad:
+                (reader.documents.grad,) = torch.autograd.grad(
+                    self._kept[number], reader.documents, gradients[number], retain_graph=True, allow_unused=True
+                )
+
+    def _add_readers_gradients(self, gradient: Tensor) -> None:
+        for reader in self._readers.values():
+            if reader.documents.grad is not None:
+                gradient.index_add_(0, reader.positions, reader.documents.grad)
+                reader.documents.grad = None
+
+    def _replay(self, numbers: Iterable[int], gradients: Sequence[Tensor]) -> None:
+        for number in numbers:
+            if number not in self._to_replay:
+                continue
+            with (
+                self._to_replay[number],
+                _no_sync(self._model),
+                torch.enable_grad(),
+                self._autocast.restored(cache=True),
+            ):
+                embedded = self._embed(number)
+            torch.autograd.backward(embedded, gradients[number])
+
+    def _embed(self, number: int) -> Tensor:
+        if number in self._readers:
+            return _embed(self._model, self._readers[number].rows, self._readers[number].documents)
+        return _embed(self._model, self._plan.mini_batches[number])
 
 
 class _Attached(torch.autograd.Function):
@@ -180,8 +228,20 @@ def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
         model.module = module
 
 
-def _embed(model: Encoder, rows: TokenizedRows) -> Tensor:
-    embeddings = rows.embed(model)
+def _readers(plan: BatchPlan, parts: dict[int, Tensor]) -> dict[int, Reader]:
+    """What each mini-batch that reads documents is embedded from, given the embeddings of all others."""
+    if not plan.readers:
+        return {}
+    found = readers([plan.mini_batches[number] for number in plan.readers], _joined(parts))
+    return dict(zip(plan.readers, found, strict=True))
+
+
+def _joined(parts: dict[int, Tensor]) -> Tensor:
+    return torch.cat([parts[number] for number in sorted(parts)])
+
+
+def _embed(model: Encoder, rows: TokenizedRows, documents: Tensor | None = None) -> Tensor:
+    embeddings = rows.embed(model, documents)
     # Else autocast hands one cast copy of a weight to all mini-batches, which sums their gradients in its precision.
     torch.clear_autocast_cache()
     return embeddings

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from st_fpsloss.encoding.histories import documents_read, with_positions
 from st_fpsloss.encoding.prefixes import PrefixRows
-from st_fpsloss.encoding.rows import TokenizedRows
+from st_fpsloss.encoding.rows import HISTORIES, TokenizedRows
 
 # A mini-batch is closed early where more than this share would be padding...
 _MAX_PADDING = 0.05
@@ -28,7 +29,8 @@ class BatchPlan:
 
     Args:
         mini_batches: the distinct rows of the batch, all columns together, in mini-batches, which give N embeddings:
-            one a row, or one an item of a whole history (:class:`st_fpsloss.encoding.prefixes.PrefixRows`).
+            one a row, or one an item of a whole history (:class:`st_fpsloss.encoding.prefixes.PrefixRows`). Those
+            that read documents come last, with positions among the embeddings of the others, counted from 1.
         route_of: number of the tower of each mini-batch.
         index: (columns, M) position of each row's embedding among the N, M the number of rows of the longest column; -1
             where there is none.
@@ -42,9 +44,19 @@ class BatchPlan:
 
     @property
     def order(self) -> list[int]:
-        """Numbers of the mini-batches in the order in which they are encoded: first the longest rows of each tower."""
+        """Numbers of the mini-batches in the order in which they are encoded: first the longest rows of each tower.
+
+        Those that read documents come after all others.
+        """
         firsts = [self.route_of.index(route) for route in dict.fromkeys(self.route_of)]
-        return firsts + [number for number in range(len(self.mini_batches)) if number not in firsts]
+        order = firsts + [number for number in range(len(self.mini_batches)) if number not in firsts]
+        return sorted(order, key=lambda number: number in self.readers)
+
+    @property
+    def readers(self) -> range:
+        """Numbers of the mini-batches that read documents."""
+        count = len(self.mini_batches)
+        return range(sum(HISTORIES not in rows.metadata for rows in self.mini_batches), count)
 
     @classmethod
     def from_columns(
@@ -57,6 +69,10 @@ class BatchPlan:
             needed: (M,) bool for each column, the rows that the loss will use; None for all.
             mini_batch_num_tokens: tokens, padding included, of one mini-batch.
         """
+        num_columns, num_rows_of_column = len(parts), max(map(len, parts))
+        histories = [documents_read(*column) for column in zip(parts, needed, strict=True)]
+        documents = [rows for rows in histories if rows is not None]
+        parts, needed = [*parts, *documents], [*needed, *[None] * len(documents)]
         sizes = [len(rows) for rows in parts]
         index = torch.full((len(parts), max(sizes)), -1, dtype=torch.int64, device=parts[0].lengths.device)
         mini_batches: list[TokenizedRows] = []
@@ -73,19 +89,25 @@ class BatchPlan:
             of_column = (position + num_rows).split([len(rows) for rows in wanted])
             for number, rows, found in zip(numbers, wanted, of_column, strict=True):
                 index[number, rows] = found
+            if HISTORIES in parts[numbers[0]].metadata:
+                known = torch.cat(fingerprints)
+                batches = [with_positions(rows, known) for rows in batches]
             mini_batches += batches
             route_of += [route] * len(batches)
             fingerprints.append(row_fingerprints)
             num_rows += len(row_fingerprints)
-        return cls(mini_batches, route_of, index, torch.cat(fingerprints))
+        return cls(mini_batches, route_of, index[:num_columns, :num_rows_of_column], torch.cat(fingerprints))
 
 
 def _by_route(parts: Sequence[TokenizedRows]) -> Iterator[list[int]]:
-    """Numbers of the columns that go through one tower, for each tower; a column of prefixes is always on its own."""
+    """Numbers of the columns that go through one tower, for each tower, those that read documents last.
+
+    A column of prefixes is always on its own.
+    """
     routes: dict[Hashable, list[int]] = {}
     for number, rows in enumerate(parts):
         routes.setdefault(number if isinstance(rows, PrefixRows) else rows.route, []).append(number)
-    yield from routes.values()
+    yield from sorted(routes.values(), key=lambda numbers: HISTORIES in parts[numbers[0]].metadata)
 
 
 def _plan_route(columns: Sequence[TokenizedRows], num_tokens: int) -> tuple[list[TokenizedRows], Tensor, Tensor]:

@@ -43,7 +43,9 @@ class PrefixRows(TokenizedRows):
             tensors[name] = tensors[name] * (torch.arange(width, device=place.device) <= place[:, None])
         lengths = place + 1 if "attention_mask" in cut else histories.lengths[history]
         metadata = {name: value for name, value in histories.metadata.items() if name != PREFIXES}
-        return cls(tensors, lengths, metadata, histories.layout, histories, history, place)
+        return cls(
+            tensors, lengths, metadata, histories.layout, histories, history, place, documents=histories.documents
+        )
 
 
 def rows_of_column(features: Features) -> TokenizedRows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -30,6 +30,11 @@ _JOIN: dict[Layout, Callable[[Features], Features]] = {"padded": dict, "bag": jo
 # Tensors with one entry a token. Only these are trimmed: a side feature may by chance be as wide as the text is long.
 TOKEN_TENSORS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
 
+DOCUMENTS = "history_documents"
+"""Key of a column's features: those of the documents in its rows' histories, or their (D, dim) vectors."""
+HISTORIES = "history_tensors"
+"""Key of a column's features: names of the (N, width) tensors with numbers of these documents, from 1; 0 for none."""
+
 
 @dataclass(frozen=True)
 class TokenizedRows:
@@ -41,12 +46,15 @@ class TokenizedRows:
         metadata: what holds for all rows (task, modality, prompt_length): the tower they go through.
         layout: how the tower takes its tokens: as a padded matrix, in a bag (StaticEmbedding), or packed one row
             after the other (flash attention); here they are always padded on the right.
+        documents: the documents in the rows' histories, where these hold documents; the histories' tensors then are
+            the documents' fingerprints. Selections and stacks of rows leave them out.
     """
 
     tensors: dict[str, Tensor]
     lengths: Tensor
     metadata: dict[str, Hashable]
     layout: Layout
+    documents: TokenizedRows | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_features(cls, features: Features) -> TokenizedRows:
@@ -55,6 +63,7 @@ class TokenizedRows:
         Raises:
             ValueError: If the features hold something that is not one entry a row.
         """
+        features, documents = _documents_of(features)
         layout: Layout = "bag" if "offsets" in features else "packed" if "cu_seq_lens_q" in features else "padded"
         features = _CUT[layout](features)
         tensors = {name: value for name, value in features.items() if isinstance(value, Tensor) and value.ndim > 0}
@@ -65,7 +74,7 @@ class TokenizedRows:
         if len(set(rows.values())) != 1:
             raise ValueError(f"Every tensor of a column needs one entry a row, but their first dimensions are {rows}.")
         tensors = _without_left_padding(tensors)
-        return cls(tensors, _lengths(tensors), metadata, layout)
+        return cls(tensors, _lengths(tensors), metadata, layout, documents=documents)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -112,9 +121,12 @@ class TokenizedRows:
         """The dictionary that the tower's modules take; fresh, since modules write into it."""
         return _JOIN[self.layout]({**self.metadata, **self.tensors})
 
-    def embed(self, model: Callable[[Features], Features]) -> Tensor:
-        """Embeddings (N, dim) of the rows."""
-        return model(self.features())["sentence_embedding"]
+    def embed(self, model: Callable[[Features], Features], documents: Tensor | None = None) -> Tensor:
+        """Embeddings (N, dim) of the rows; ``documents`` are the vectors that their histories read, if they do."""
+        features = self.features()
+        if documents is not None:
+            features[DOCUMENTS] = documents
+        return model(features)["sentence_embedding"]
 
     def fingerprints(self) -> Tensor:
         """Identity (N,) int64 of each row: equal rows have equal fingerprints, in every batch and every process.
@@ -188,6 +200,25 @@ def routes_by_task(model: SentenceTransformer) -> bool:
     return any(
         isinstance(module, Router) and {"query", "document"} <= set(module.sub_modules) for module in model.children()
     )
+
+
+def _documents_of(features: Features) -> tuple[Features, TokenizedRows | None]:
+    """A column's features with fingerprints in the place of the documents' numbers in histories, and the documents."""
+    names = features.get(HISTORIES, ())
+    if not names:
+        return features, None
+    features = dict(features)
+    given = features.pop(DOCUMENTS)
+    if isinstance(given, Tensor):
+        raise ValueError(
+            "The histories were preprocessed to stored vectors, from which nothing can be trained: use "
+            "`history_documents(model, index)` around encode_query alone; for training give it a dict of documents."
+        )
+    documents = None if given is None else TokenizedRows.from_features(given)
+    fingerprints = features[names[0]].new_zeros(1)
+    if documents is not None:
+        fingerprints = torch.cat([fingerprints, documents.fingerprints()])
+    return {**features, **{name: fingerprints[features[name]] for name in names}}, documents
 
 
 def _metadata(name: str, value: Any) -> Hashable:

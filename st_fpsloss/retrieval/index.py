@@ -238,6 +238,25 @@ class DocumentIndex:
         """
         return self._row(document_id, self.columns)
 
+    def vectors(self, ids: Sequence[Any]) -> np.ndarray:
+        """Return the vectors of some documents, normalized for a cosine.
+
+        Args:
+            ids: Ids of documents in the index.
+
+        Returns:
+            (N, dim) float32, in the order of the ids.
+
+        Raises:
+            ValueError: If the index lacks one of the documents.
+        """
+        with self._lock:
+            row_of, snapshot = self._row_of(), self._snapshot
+            rows = [row_of.get(document_id) if isinstance(document_id, (str, int)) else None for document_id in ids]
+        if None in rows:
+            raise ValueError(f"ids has {ids[rows.index(None)]!r:.100}, none of the {len(self)} documents of the index.")
+        return snapshot.vectors_of(np.array(rows, dtype=np.int64))
+
     def _row(self, document_id: Any, columns: Sequence[str]) -> dict[str, Any]:
         with self._lock:
             row, snapshot = self._row_of().get(document_id), self._snapshot

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from st_fpsloss.retrieval.model_fingerprint import document_fingerprint
 from st_fpsloss.serving.query_encoder import CONFIG_FILE, INPUT_PREFIX, MODEL_FILE, TOKENIZER_FILE, QueryEncoder
 from st_fpsloss.towers.features.ids import Categorical
-from st_fpsloss.towers.features.kinds import Feature
+from st_fpsloss.towers.features.kinds import DocumentHistory, Feature
 from st_fpsloss.towers.modules.feature_input import FeatureInput
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ def export_query_encoder(model: SentenceTransformer, folder: str | os.PathLike[s
     modules = _query_modules(model)
     first = modules[0]
     features = list(first._readers) if isinstance(first, FeatureInput) else []
+    if histories := [feature.name for feature in features if isinstance(feature, DocumentHistory)]:
+        raise ValueError(
+            f"The query tower has the DocumentHistory {histories[0]!r}, which reads what the document tower gives: "
+            "encode such queries with model.encode_query, or serve the model itself."
+        )
     text_encoder = first.text_encoder if isinstance(first, FeatureInput) else first
     _check(model, modules, text_encoder)
     prompt = model.prompts.get("query" if "query" in model.prompts else model.default_prompt_name or "") or ""

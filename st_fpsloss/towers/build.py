@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from sentence_transformers import SentenceTransformer
@@ -17,6 +18,7 @@ from torch import nn
 
 from st_fpsloss.towers.checks import positive_int
 from st_fpsloss.towers.encoder import Encoder, embedding_size, freeze_unused_parameters, load_encoder
+from st_fpsloss.towers.features.kinds import DocumentHistory, Feature
 from st_fpsloss.towers.modules.document_bias import BiasDimension, DocumentBias
 from st_fpsloss.towers.modules.feature_encoders import FeatureFusion
 from st_fpsloss.towers.modules.feature_input import FeatureInput
@@ -102,6 +104,7 @@ def two_tower(
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity={similarity!r} is unknown: choose one of {', '.join(SIMILARITIES)}.")
     _check_document_bias(document_bias, similarity)
+    _check_histories(document)
     _check_prompts(prompts)
     _check_texts(texts)
 
@@ -109,7 +112,7 @@ def two_tower(
     encoders = {tower: load_encoder(tower) for tower in towers if tower.transformer is not None}
     if embedding_dim is None:
         embedding_dim = _common_size([encoder.embedding_dim for encoder in encoders.values()])
-    routes = {tower: _front(tower, encoders.get(tower)) for tower in towers}
+    routes = {tower: _front(tower, encoders.get(tower), embedding_dim) for tower in towers}
     heads = {tower: _mlp(embedding_size(routes[tower]), tower, embedding_dim) for tower in towers}
     pretrained = {tower: encoder for tower, encoder in encoders.items() if encoder.pretrained}
     for tower, basis in starting_bases(pretrained, embedding_dim, texts, similarity).items():
@@ -139,13 +142,17 @@ def _common_size(sizes: Sequence[int]) -> int:
     )
 
 
-def _front(tower: Tower, encoder: Encoder | None) -> list[Module]:
+def _front(tower: Tower, encoder: Encoder | None, embedding_dim: int) -> list[Module]:
     """Returns what turns an input into one embedding; its last module knows the embedding's size."""
+    features: list[Feature] = [
+        replace(feature, dim=embedding_dim) if isinstance(feature, DocumentHistory) else feature
+        for feature in tower.features
+    ]
     if encoder is None:
-        return [FeatureInput(tower.features)]
-    if not tower.features:
+        return [FeatureInput(features)]
+    if not features:
         return list(encoder.modules)
-    first = FeatureInput(tower.features, encoder.modules[0])
+    first = FeatureInput(features, encoder.modules[0])
     fusion = FeatureFusion(encoder.embedding_dim, first.feature_dim, tower.dropout)
     return [first, *encoder.modules[1:], fusion]
 
@@ -184,6 +191,15 @@ def _check_document_bias(document_bias: bool, similarity: str) -> None:
     if document_bias and similarity == "cosine":
         raise ValueError(
             'document_bias=True needs similarity="dot": a cosine has no room for a score of the document\'s own.'
+        )
+
+
+def _check_histories(document: Tower) -> None:
+    histories = [feature.name for feature in document.features if isinstance(feature, DocumentHistory)]
+    if histories:
+        raise ValueError(
+            f"The document tower has the DocumentHistory {histories[0]!r}, whose documents it would have to encode "
+            "itself: only a query tower of its own can have one."
         )
 
 

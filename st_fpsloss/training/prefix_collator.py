@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from st_fpsloss.encoding.prefixes import PREFIXES
 from st_fpsloss.encoding.rows import TokenizedRows, routes_by_task
 from st_fpsloss.model_card import input_modules
+from st_fpsloss.towers.features.documents import DocumentHistory
 from st_fpsloss.towers.features.ids import History
 from st_fpsloss.towers.features.values import categories, category
 from st_fpsloss.towers.modules.feature_input import FeatureInput
@@ -30,7 +31,8 @@ class PrefixCollator(SentenceTransformerDataCollator):
 
     Args:
         model: the model that is trained; its query tower has the history among its features.
-        history: name of that :class:`st_fpsloss.History`.
+        history: name of that :class:`st_fpsloss.History` or :class:`st_fpsloss.DocumentHistory`. Of either it has ids
+            in the data set; a history of documents reads their documents.
         documents: the document of each item: id as in the histories -> input, a string or a dict.
         prompts: what is put before the texts, ``{"query": ..., "document": ...}``; the trainer's ``prompts`` are not
             read.
@@ -69,7 +71,8 @@ class PrefixCollator(SentenceTransformerDataCollator):
         self.history = history
         self.documents = {category("documents", item): document for item, document in documents.items()}
         self._by_task = routes_by_task(model)
-        self._cut, self._max_length = _history_of(model, history)
+        self._cut, feature = _history_of(model, history)
+        self._max_length, self._reads_documents = feature.max_length, isinstance(feature, DocumentHistory)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates histories.
@@ -90,7 +93,8 @@ class PrefixCollator(SentenceTransformerDataCollator):
         queries, targets = [], []
         for row in features:
             items = self._items(row[column])
-            queries.append({**row[column], self.history: items[:-1]})
+            seen = [self._document(item) for item in items[:-1]] if self._reads_documents else items[:-1]
+            queries.append({**row[column], self.history: seen})
             targets += items[1:]
         asked = self._preprocessed(queries, "query")
         answers = self._documents(targets)
@@ -113,23 +117,26 @@ class PrefixCollator(SentenceTransformerDataCollator):
 
     def _documents(self, items: Sequence[str]) -> dict[str, Any]:
         distinct = list(dict.fromkeys(items))
-        if missing := [item for item in distinct if item not in self.documents]:
-            raise ValueError(f"`documents` lacks the item {missing[0]!r}, which a history of the data set has.")
-        rows = TokenizedRows.from_features(self._preprocessed([self.documents[item] for item in distinct], "document"))
+        rows = TokenizedRows.from_features(self._preprocessed([self._document(item) for item in distinct], "document"))
         number = {item: place for place, item in enumerate(distinct)}
         return rows.select(torch.tensor([number[item] for item in items])).features()
+
+    def _document(self, item: str) -> Any:
+        if item not in self.documents:
+            raise ValueError(f"`documents` lacks the item {item!r}, which a history of the data set has.")
+        return self.documents[item]
 
     def _preprocessed(self, inputs: Sequence[Any], task: str) -> dict[str, Any]:
         prompts = self.prompts if isinstance(self.prompts, dict) else {}
         return self.preprocess_fn(inputs, prompt=prompts.get(task), task=task if self._by_task else None)
 
 
-def _history_of(model: SentenceTransformer, name: str) -> tuple[tuple[str, ...], int]:
-    """The tensors that a prefix of the model's history cuts, and the length that it reads."""
+def _history_of(model: SentenceTransformer, name: str) -> tuple[tuple[str, ...], History | DocumentHistory]:
+    """The tensors that a prefix of the model's history cuts, and the history."""
     first, _ = input_modules(model)
     if not isinstance(first, FeatureInput):
         raise ValueError(
             f"history={name!r}: the query tower has no features, but starts with a {type(first).__name__}."
         )
     cut = first.tensors_of_a_prefix(name)
-    return cut, next(feature.max_length for feature in first.features if isinstance(feature, History))
+    return cut, next(feature for feature in first.features if isinstance(feature, (History, DocumentHistory)))

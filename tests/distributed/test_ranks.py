@@ -54,6 +54,7 @@ def assert_like_one_process(reports: Reports, every: int) -> None:
         assert set(report["ready embeddings"]) == {"with ids", "without ids"}
         assert max(report["ready embeddings"].values()) < 1e-5
         assert report["whole histories"] == {"kept": {}, "cached": {}}
+        assert report["document histories"] == {"kept": {}, "cached": {}, "as memory allows": {}}
 
 
 def test_two_ranks_have_the_gradients_tables_and_loss_of_one_process(two_ranks):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.distributed import gradients, whole_histories
+from tests.distributed import document_histories, gradients, whole_histories
 from tests.distributed.training_runs import RUNS
 
 
@@ -26,6 +26,7 @@ def main(report: str, every: int, training: bool) -> None:
         "gradients": gradients.compare(known, every),
         "ready embeddings": gradients.ready_embeddings(),
         "whole histories": whole_histories.compare(),
+        "document histories": document_histories.compare(),
     }
     for name, run in RUNS.items() if training else ():
         folder = Path(f"{report} {name}")

@@ -202,7 +202,7 @@ class Tags(IdFeature):
     def array(self, values: Sequence[Any]) -> np.ndarray:
         """Ids (N, width), ascending, 0 behind them."""
         self.check_fitted()
-        return _padded([sorted({self.id(part) for part in self._parts(value)}) for value in values])
+        return padded([sorted({self.id(part) for part in self._parts(value)}) for value in values])
 
     def _parts(self, value: Any) -> list[str]:
         return categories(self.name, value)
@@ -303,7 +303,7 @@ class History(IdFeature):
         self.check_fitted()
         if self.shared_with is not None:
             raise ValueError(f"History {self.name!r} reads with {self.shared_with!r}: make it part of a model first.")
-        return _padded([[self.id(part) for part in self._parts(value)[-self.max_length :]] for value in values])
+        return padded([[self.id(part) for part in self._parts(value)[-self.max_length :]] for value in values])
 
     def _parts(self, value: Any) -> list[str]:
         return categories(self.name, value, ordered=True)
@@ -316,7 +316,7 @@ class History(IdFeature):
         return f"a list of ids, the newest last, at most {self.max_length} of them, {self._extent()}"
 
 
-def _padded(ids: Sequence[list[int]]) -> np.ndarray:
+def padded(ids: Sequence[list[int]]) -> np.ndarray:
     """Ids (N, width) with 0 behind them, at least one wide."""
     width = max(1, *map(len, ids)) if ids else 1
     rows = [row + [MISSING_ID] * (width - len(row)) for row in ids]

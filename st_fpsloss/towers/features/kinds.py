@@ -6,12 +6,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from st_fpsloss.towers.features.base import Feature
+from st_fpsloss.towers.features.documents import DocumentHistory
 from st_fpsloss.towers.features.ids import Categorical, History, Tags
 from st_fpsloss.towers.features.numerical import Numerical
 
-__all__ = ["KINDS", "Categorical", "Feature", "History", "Numerical", "Tags", "checked_features", "feature_from_dict"]
+__all__ = [
+    "KINDS",
+    "Categorical",
+    "DocumentHistory",
+    "Feature",
+    "History",
+    "Numerical",
+    "Tags",
+    "checked_features",
+    "feature_from_dict",
+]
 
-KINDS: dict[str, type[Feature]] = {kind.__name__: kind for kind in (Categorical, Numerical, Tags, History)}
+KINDS: dict[str, type[Feature]] = {
+    kind.__name__: kind for kind in (Categorical, Numerical, Tags, History, DocumentHistory)
+}
 
 
 def feature_from_dict(held: Mapping[str, Any]) -> Feature:
@@ -31,7 +44,9 @@ def checked_features(features: object) -> tuple[Feature, ...]:
     checked = tuple(features)
     for feature in checked:
         if not isinstance(feature, Feature):
-            raise ValueError(f"features holds {feature!r}: give Categorical, Numerical, Tags or History.")
+            raise ValueError(
+                f"features holds {feature!r}: give Categorical, Numerical, Tags, History or DocumentHistory."
+            )
         feature.check_fitted()
     names = [feature.name for feature in checked]
     for name in names:

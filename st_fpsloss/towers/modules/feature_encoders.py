@@ -7,14 +7,23 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 from st_fpsloss.towers.features.ids import MISSING_ID, UNKNOWN_ID, IdFeature
-from st_fpsloss.towers.features.kinds import Categorical, Feature, History, Numerical, Tags
+from st_fpsloss.towers.features.kinds import Categorical, DocumentHistory, Feature, History, Numerical, Tags
 from st_fpsloss.towers.modules.base import PackageModule
 
 _RECENT = 4.0
 
 
+def recency_weights(max_length: int) -> Tensor:
+    """Returns weights (max_length,) by age, 0 the age of the newest: about the last ten count."""
+    return torch.exp(-torch.arange(max_length) / _RECENT)
+
+
 def encoder_of(feature: Feature) -> FeatureEncoder:
     """Returns a new encoder for a feature."""
+    if isinstance(feature, DocumentHistory):
+        from st_fpsloss.towers.modules.document_history import DocumentHistoryEncoder  # which builds on this module
+
+        return DocumentHistoryEncoder(feature)
     if isinstance(feature, History):
         return HistoryEncoder(feature) if feature.num_hidden_layers else RecencyEncoder(feature)
     kinds: dict[type[Feature], type[FeatureEncoder]] = {
@@ -102,36 +111,37 @@ class TagsEncoder(IdEncoder):
         return (weights[..., None] * embeddings).sum(dim=1)
 
 
-class SequenceEncoder(IdEncoder):
+class SequenceEncoder(FeatureEncoder):
     """Reads a sequence of ids from the oldest to the newest: what it knows at an id depends on those before it."""
 
-    def states(self, ids: Tensor) -> Tensor:
+    def states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Returns the state at every id.
 
         Args:
             ids: (N, width) ids, oldest first, 0 behind them.
+            documents: (D, dim) what the ids count, from 1, in a history of documents.
 
         Returns:
             (N, width, dim). The state at place t is what :meth:`forward` gives for the first t + 1 ids alone.
         """
         raise NotImplementedError
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Returns the state (N, dim) at the newest of ids (N, width), at a missing id where there is none."""
         lengths = (ids != MISSING_ID).sum(dim=1).clamp_min(1)
         # An exported graph is given no wider ids than its longest, and could not cut them.
         width = ids.shape[1] if torch.compiler.is_exporting() else int(lengths.max())
-        states = self.states(ids[:, :width])
+        states = self.states(ids[:, :width], documents)
         return states[torch.arange(ids.shape[0], device=ids.device), lengths - 1]
 
-    def prefixes(self, ids: Tensor) -> Tensor:
+    def prefixes(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Returns what :meth:`forward` gives for every prefix of ids (N, width), those of the first row first."""
         held = ids != MISSING_ID
         width = int(held.sum(dim=1).max())
-        return self.states(ids[:, :width])[held[:, :width]]
+        return self.states(ids[:, :width], documents)[held[:, :width]]
 
 
-class RecencyEncoder(SequenceEncoder):
+class RecencyEncoder(SequenceEncoder, IdEncoder):
     """Adds up the embeddings of ids, each weighted by a learned number for its place from the newest.
 
     The weights start at ``exp(-age / 4)``, 0 the age of the newest: about the last ten ids count.
@@ -139,10 +149,10 @@ class RecencyEncoder(SequenceEncoder):
 
     def __init__(self, feature: History) -> None:
         super().__init__(feature)
-        self.recency = nn.Parameter(torch.exp(-torch.arange(feature.max_length) / _RECENT))
+        self.recency = nn.Parameter(recency_weights(feature.max_length))
         self.dropout = nn.Dropout(feature.dropout)
 
-    def states(self, ids: Tensor) -> Tensor:
+    def states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Returns the weighted sum (N, width, dim) up to every id; see :meth:`SequenceEncoder.states`."""
         places = torch.arange(ids.shape[1], device=ids.device)
         ages = places[:, None] - places
@@ -150,25 +160,27 @@ class RecencyEncoder(SequenceEncoder):
         return weights @ self.dropout(self.embed(ids))
 
 
-class HistoryEncoder(SequenceEncoder):
+class HistoryEncoder(SequenceEncoder, IdEncoder):
     """Reads the sequence with a causal transformer."""
 
     def __init__(self, feature: History) -> None:
         super().__init__(feature)
         self.positions = nn.Parameter(0.02 * torch.randn(feature.max_length, feature.dim))
         self.dropout = nn.Dropout(feature.dropout)
-        self.layers = nn.Sequential(
-            *(
-                _CausalLayer(feature.dim, feature.num_attention_heads, feature.dropout)
-                for _ in range(feature.num_hidden_layers)
-            )
+        self.layers = causal_layers(
+            feature.dim, feature.num_hidden_layers, feature.num_attention_heads, feature.dropout
         )
         self.norm = nn.LayerNorm(feature.dim)
 
-    def states(self, ids: Tensor) -> Tensor:
+    def states(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """Returns the transformer's state (N, width, dim) at every id; see :meth:`SequenceEncoder.states`."""
         embeddings = self.embed(ids) + self.positions[: ids.shape[1]]
         return self.norm(self.layers(self.dropout(embeddings)))
+
+
+def causal_layers(dim: int, num_layers: int, num_heads: int, dropout: float) -> nn.Sequential:
+    """Returns a transformer over (N, width, dim) in which a place sees itself and those before it."""
+    return nn.Sequential(*(_CausalLayer(dim, num_heads, dropout) for _ in range(num_layers)))
 
 
 class _CausalLayer(nn.Module):

@@ -12,10 +12,19 @@ from sentence_transformers.sentence_transformer.modules import InputModule, Stat
 from torch import Tensor, nn
 
 from st_fpsloss.encoding.prefixes import PREFIXES
+from st_fpsloss.encoding.rows import DOCUMENTS, HISTORIES
 from st_fpsloss.towers.features.ids import MISSING_ID
-from st_fpsloss.towers.features.kinds import Categorical, Feature, History, checked_features, feature_from_dict
+from st_fpsloss.towers.features.kinds import (
+    Categorical,
+    DocumentHistory,
+    Feature,
+    History,
+    checked_features,
+    feature_from_dict,
+)
 from st_fpsloss.towers.features.values import input_row, input_text
 from st_fpsloss.towers.modules.base import PackageModule
+from st_fpsloss.towers.modules.document_reader import DocumentReader
 from st_fpsloss.towers.modules.feature_encoders import SequenceEncoder, encoder_of
 
 _TEXT_ENCODERS = {"Transformer": Transformer, "StaticEmbedding": StaticEmbedding}
@@ -53,6 +62,7 @@ class FeatureInput(PackageModule, InputModule):
         self.encoders = nn.ModuleList(encoders)
         # How values are read; a history that shares another feature's vocabulary learns it from the model.
         self._readers = list(self.features)
+        self.document_reader: DocumentReader | None = None  # of histories of documents; once the model is complete
         self.feature_dim = sum(encoder.output_dim for encoder in encoders)
         self.register_buffer("_precision", torch.zeros(0), persistent=False)
 
@@ -74,13 +84,30 @@ class FeatureInput(PackageModule, InputModule):
             ValueError: An input has a key that is unknown, or a value of the wrong kind.
         """
         rows = [self._row(item) for item in inputs]
+        documents = self._documents(rows)
         tensors = {
-            reader.tensor_name: reader.tensor([row.get(reader.name) for row in rows]) for reader in self._readers
-        }
+            reader.tensor_name: reader.tensor([row.get(reader.name) for row in rows])
+            for reader in self._readers
+            if not isinstance(reader, DocumentHistory)
+        } | {name: documents[name] for name in documents.get(HISTORIES, ())}
         if self.text_encoder is None:
-            return {"modality": "text", **self._lengths(tensors, len(rows)), **tensors}
+            return {"modality": "text", **self._lengths(tensors, len(rows)), **tensors, **documents}
         texts = [input_text(row.get("text")) for row in rows]
-        return {"modality": "text", **self.text_encoder.preprocess(texts, prompt=prompt, **kwargs), **tensors}
+        text = self.text_encoder.preprocess(texts, prompt=prompt, **kwargs)
+        return {"modality": "text", **text, **tensors, **documents}
+
+    def _documents(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What histories of documents add to the features: their tensors, and the documents of all of them."""
+        histories = [feature for feature in self._readers if isinstance(feature, DocumentHistory)]
+        if not histories:
+            return {}
+        if self.document_reader is None:
+            raise ValueError("Histories of documents need the document tower: make the module part of a model first.")
+        names = tuple(feature.tensor_name for feature in histories)
+        values = [feature.documents(row.get(feature.name)) for feature in histories for row in rows]
+        numbers, documents = self.document_reader.preprocess(values)
+        tensors = zip(names, torch.from_numpy(numbers).split(len(rows)), strict=True)
+        return {HISTORIES: names, DOCUMENTS: documents, **dict(tensors)}
 
     def _row(self, item: Any) -> Mapping[str, Any]:
         return input_row(item, [*(["text"] if self._reads_text else []), *(feature.name for feature in self.features)])
@@ -92,7 +119,7 @@ class FeatureInput(PackageModule, InputModule):
         """
         lengths = torch.ones(num_rows, dtype=torch.int64)
         for reader in self._readers:
-            if isinstance(reader, History):
+            if isinstance(reader, (History, DocumentHistory)):
                 lengths = lengths.maximum((tensors[reader.tensor_name] != MISSING_ID).sum(dim=1))
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         return {"input_ids": mask, "attention_mask": mask}
@@ -112,10 +139,10 @@ class FeatureInput(PackageModule, InputModule):
         Raises:
             ValueError: There is no such history, or another one, of which no prefix is known.
         """
-        names = [feature.name for feature in self.features if isinstance(feature, History)]
+        names = [feature.name for feature in self.features if isinstance(feature, (History, DocumentHistory))]
         if names != [history]:
             raise ValueError(
-                f"history={history!r} has to name the one History of the query tower, which has "
+                f"history={history!r} has to name the one history of the query tower, which has "
                 f"{', '.join(map(repr, names)) or 'none'}."
             )
         own = next(feature.tensor_name for feature in self.features if feature.name == history)
@@ -129,25 +156,32 @@ class FeatureInput(PackageModule, InputModule):
         """
         features = dict(features)
         cut = features.pop(PREFIXES, None)
-        tensors = [features.pop(feature.tensor_name) for feature in self.features]
+        read: list[Tensor | None] = []
+        if self.document_reader is not None:
+            features.pop(HISTORIES, None)
+            read = [self.document_reader.vectors(features.pop(DOCUMENTS, None), self._precision.device)]
+        inputs = [
+            (features.pop(feature.tensor_name), *(read if isinstance(feature, DocumentHistory) else ()))
+            for feature in self.features
+        ]
         added: dict[str, Tensor] = {}
         if cut is None:
-            vectors = [encoder(tensor) for encoder, tensor in zip(self.encoders, tensors, strict=True)]
+            vectors = [encoder(*given) for encoder, given in zip(self.encoders, inputs, strict=True)]
         else:
-            vectors, added["prefix_of"] = self._of_prefixes(tensors, cut[0])
+            vectors, added["prefix_of"] = self._of_prefixes(inputs, cut[0])
         added["feature_embedding"] = torch.cat([vector.to(self._precision.dtype) for vector in vectors], dim=1)
         if self.text_encoder is None:
             return {**features, "sentence_embedding": added["feature_embedding"], **added}
         # It gets none of these, nor the tensors: many transformers hand what they do not know on to their layers.
         return {**self.text_encoder(features, **kwargs), **added}
 
-    def _of_prefixes(self, tensors: Sequence[Tensor], history: str) -> tuple[list[Tensor], Tensor]:
+    def _of_prefixes(self, inputs: Sequence[tuple[Any, ...]], history: str) -> tuple[list[Tensor], Tensor]:
         """The features' vectors for every prefix of a history, and which row each is a prefix of."""
         names = [feature.tensor_name for feature in self.features]
-        row = (tensors[names.index(history)] != MISSING_ID).nonzero()[:, 0]
+        row = (inputs[names.index(history)][0] != MISSING_ID).nonzero()[:, 0]
         vectors = [
-            encoder.prefixes(tensor) if isinstance(encoder, SequenceEncoder) else encoder(tensor)[row]
-            for encoder, tensor in zip(self.encoders, tensors, strict=True)
+            encoder.prefixes(*given) if isinstance(encoder, SequenceEncoder) else encoder(*given)[row]
+            for encoder, given in zip(self.encoders, inputs, strict=True)
         ]
         return vectors, row
 
@@ -178,7 +212,11 @@ class FeatureInput(PackageModule, InputModule):
     def example_input(self, text: str, number: int) -> dict[str, Any]:
         """An input that the tower takes, for documentation."""
         texts = {"text": text} if self._reads_text else {}
-        return {**texts, **{reader.name: reader.example(number) for reader in self._readers}}
+        values = {reader.name: reader.example(number) for reader in self._readers}
+        if self.document_reader is not None:
+            seen = self.document_reader.examples(text, number)
+            values |= {reader.name: seen for reader in self._readers if isinstance(reader, DocumentHistory)}
+        return {**texts, **values}
 
     def __repr__(self) -> str:
         features = "; ".join(f"{reader.name}: {reader}" for reader in self._readers)
@@ -193,6 +231,8 @@ class FeatureInput(PackageModule, InputModule):
             ValueError: A history shares the embeddings of a feature that the model does not have exactly once.
         """
         super().on_model_ready(model)
+        if any(isinstance(feature, DocumentHistory) for feature in self.features):
+            self.document_reader = DocumentReader(model)
         if self.text_encoder is None and self.shared_text_encoder is not None:
             self.text_encoder = model.get_submodule(self.shared_text_encoder)
         if self.text_encoder is not None:
