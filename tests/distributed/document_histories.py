@@ -20,7 +20,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def compare() -> dict[str, dict[str, float]]:
-    """Relative errors above the tolerance, for every mode; with three ranks or more one has no history at all."""
+    """Relative errors above the tolerance, for every mode; a rank has one to four histories, some of them empty."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = make_model(words=True, pooling="mean")
     documents = [ITEMS[number] for number in CLICKED]

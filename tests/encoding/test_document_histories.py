@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch import Tensor
 
 from st_fpsloss import DocumentHistory, FPSLoss, FullSoftmaxLoss, Numerical, Tower, two_tower
@@ -188,6 +189,24 @@ def test_frozen_documents_go_through_their_encoder_once_a_run() -> None:
     encoder.register_forward_pre_hook(lambda *_: calls.append(1))
     assert loss(columns(model)).item() == values[True][0] and not calls
     assert values[True] == pytest.approx(values[False])
+
+
+def test_matryoshka_truncates_the_embeddings_but_not_the_documents_of_histories() -> None:
+    model = make_model()
+    matryoshka = MatryoshkaLoss(model, FPSLoss(model, mini_batch_num_tokens=6), [8, 4])
+    matryoshka(columns(model), None).backward()
+    found = gradients(model, matryoshka.loss)
+    model.zero_grad()
+    loss = FPSLoss(model)
+    queries_, documents = (model(features)["sentence_embedding"] for features in columns(model))
+    seen = [history or [] for history in HISTORIES_OF]
+    ids = {"query_ids": torch.tensor([seen.index(one) for one in seen]), "document_ids": torch.tensor([CLICKED])}
+    for dim in (8, 4):
+        loss.compute_loss_from_embeddings([queries_[:, :dim], documents[:, :dim]], **ids).backward(retain_graph=True)
+    assert (gradients(model, loss) - found).norm() < 1e-6 * found.norm()
+    kept = MatryoshkaLoss(model, FPSLoss(model, cache_gradients=False), [4])
+    with pytest.raises(ValueError, match="MatryoshkaLoss needs cache_gradients"):
+        kept(columns(model), None)
 
 
 def test_batches_without_documents_and_repeated_inputs() -> None:

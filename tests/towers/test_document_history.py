@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from st_fpsloss import DocumentHistory, DocumentIndex, FPSLoss, LossStateCallback, history_documents
 from st_fpsloss.cli.models import fitted_features
 from st_fpsloss.losses.base import ClickLoss
+from st_fpsloss.serving import export_query_encoder
 from st_fpsloss.towers import Numerical, Tower, id_embedding, id_transformer, two_tower
 from st_fpsloss.towers.features.kinds import feature_from_dict
 
@@ -194,6 +195,11 @@ def test_unfit_arguments_are_refused() -> None:
     with history_documents(model, TEXTS), pytest.raises(ValueError, match="'unknown', which is none of the 12 ids"):
         model.encode_query({"seen": ["unknown"]})
     assert model.encode_query({"seen": ["unknown"]}).shape == (16,)  # a text again
+
+
+def test_an_export_without_torch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="DocumentHistory 'seen'"):
+        export_query_encoder(make_model(), tmp_path / "queries")
 
 
 def test_the_command_line_knows_the_kind() -> None:
