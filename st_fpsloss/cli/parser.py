@@ -86,10 +86,10 @@ class _Parser(HfArgumentParser):
         )
         self._action_groups.append(self._action_groups.pop(1))
         self.add_argument("-h", "--help", action=_Help, nargs=0, default=SUPPRESS, help="show this and stop")
-        if common is not None:
-            self.add_argument(
-                "--help-all", action=_Help, nargs=0, default=SUPPRESS, help="all options in groups, with examples"
-            )
+        everything = (
+            "all options in groups, with examples" if common is not None else SUPPRESS
+        )  # --help has all of them
+        self.add_argument("--help-all", action=_Help, nargs=0, default=SUPPRESS, help=everything)
 
     def print_help_of(self, everything: bool) -> None:
         """Prints the common options, or all of them and the examples."""
@@ -125,7 +125,7 @@ def parse(
         kinds: Dataclasses; each of their fields is an option, in a group by the dataclass's ``_argument_group_name``.
         argv: The words of the command line; None for those of the process. The first may name a file of options.
         prog: Name of the command.
-        common: Names of the options that ``--help`` shows; None for all of them, and no ``--help-all``.
+        common: Names of the options that ``--help`` shows; None for all of them.
         used: What help shows for options whose default is None: the value that the library takes then.
         defaults: Other defaults than those of the dataclasses.
 

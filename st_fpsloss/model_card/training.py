@@ -65,7 +65,7 @@ def record_losses(model: SentenceTransformer, losses: Mapping[str, LearnedLoss])
 
 
 def _learned(loss: LearnedLoss) -> dict[str, Any]:
-    return {"loss": type(loss).__name__, **loss.get_config_dict(), "scale": round(loss.alpha, 4)}
+    return {"name": type(loss).__name__, "alpha": round(loss.alpha, 4), "settings": loss.get_config_dict()}
 
 
 def _softmax(model: SentenceTransformer, loss: LearnedLoss, clicks: Any) -> np.ndarray | None:

@@ -140,7 +140,7 @@ def test_the_card_of_a_trained_model_has_its_towers_loss_clicks_and_pictures(tmp
     ]
     card = card_of(model, tmp_path)
     assert "| query tower |" in card and "MLP" in card
-    assert f"`FPSLoss`, α = {round(loss.alpha, 4)} at the end (learned)" in card
+    assert f"<code>FPSLoss</code> with these parameters, α = {round(loss.alpha, 4)} at the end (learned)" in card
     assert f"| rows | {len(data)} |" in card
     assert ("trust_remote_code=True" in card) == (kind == "features")
     for wrong in ("paraphrase", "Semantic Textual", "Supported Modality"):

@@ -184,7 +184,7 @@ def load(folder: Path) -> Data:
     training = Dataset.from_dict(
         dict(zip(("query", "document"), zip(*(p for p in clicks if part_of[p] == 2), strict=True), strict=True))
     )
-    training = training.shuffle(seed=0).select(range(NUM_CLICKS))
+    training = training.shuffle(seed=0).select(range(min(NUM_CLICKS, len(training))))
     return Data(
         clicks=training,
         evaluator=RetrievalEvaluator(queries, documents, relevant, seen_docs=seen, at=(10,), batch_size=128),
