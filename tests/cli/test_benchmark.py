@@ -173,7 +173,7 @@ def test_the_verdict_names_a_baseline_that_is_better_or_as_good() -> None:
     assert verdict(-0.1).headline == "No: EASE ranks better than FPSLoss."
     assert [verdict(shift).worth for shift in (0.1, 0.0, -0.1)] == [True, False, False]
     both = verdict(0.1, result("MultipleNegativesRankingLoss", ease + 0.1, True))
-    assert both.worth is False and "Training a model pays: both leave EASE behind." in both.sentences[-1]
+    assert both.worth is False and "Training a model pays, both leave EASE behind," in both.sentences[-1]
     assert give_verdict([popularity]).worth is None
 
 

@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> bool | None:
     from st_fpsloss.retrieval.encode import checked_similarity
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in ("httpx", "bm25s", "sentence_transformers"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     if not options.user_items:
         checked_similarity(load_model(options.encoder))  # before baselines take their time
     rows = data.read(label=data.label_column, time=options.time_column)

@@ -19,7 +19,7 @@ from st_fpsloss.evaluation import RetrievalEvaluator
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.training import LossStateCallback
 
-_EVALUATIONS = 10  # on validation, spread over the run
+_EVALUATIONS = 10  # on validation at most, spread over the run; fewer where they would take longer than training
 _WARMUP = 0.05
 
 
@@ -42,7 +42,7 @@ class Budget(TrainerCallback):
     def __post_init__(self) -> None:
         self._best: Mapping[str, torch.Tensor] = {}
         self._started = self._paused = 0.0
-        self._share = 0.0
+        self._share = self._last_evaluation = 0.0
 
     @property
     def elapsed(self) -> float:
@@ -67,7 +67,8 @@ class Budget(TrainerCallback):
         """Evaluates when it is time to, and ends the run."""
         share = max(self.elapsed / self.seconds, state.global_step / state.max_steps)
         ends = share >= 1
-        if ends or share * _EVALUATIONS >= len(self.curve) + 1:
+        since = self.elapsed - (self.curve[-1][0] if self.curve else 0.0)
+        if ends or (share * _EVALUATIONS >= len(self.curve) + 1 and since >= self._last_evaluation):
             self._evaluate()
         control.should_training_stop = control.should_training_stop or ends
 
@@ -83,7 +84,8 @@ class Budget(TrainerCallback):
         if not self.curve or value > max(before for _, before in self.curve):
             self._best = copy.deepcopy(self.model.state_dict())
         self.curve.append((round(seconds, 1), value))
-        self._paused += time.perf_counter() - started
+        self._last_evaluation = time.perf_counter() - started
+        self._paused += self._last_evaluation
 
 
 class _Trainer(SentenceTransformerTrainer):

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import set_seed
 
 from st_fpsloss.cli.benchmark.budget import Budget, train
@@ -95,7 +96,8 @@ def train_stock(task: Task, settings: Settings) -> Trained:
         loss = MultipleNegativesRankingLoss(model, scale=_ID_SCALE)
     else:
         model, rows = load_model(settings.encoder, False), _text_rows(task)
-        more = {"prompts": _prompts(model)}
+        # As the documentation of the loss recommends it.
+        more = {"prompts": _prompts(model), "batch_sampler": BatchSamplers.NO_DUPLICATES}
         loss = MultipleNegativesRankingLoss(model)
     budget = Budget(model, task.validation_evaluator, settings.seconds)
     steps = train(model, loss, rows, budget, **settings.arguments(settings.batch_size, **more))

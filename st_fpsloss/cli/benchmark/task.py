@@ -22,7 +22,7 @@ MAX_HISTORY = 50
 """A user's newest items that an id model reads."""
 
 _HELD_OUT = 0.1  # of the rows for test, and as many for validation
-_MAX_VALIDATION_DOCUMENTS = 5000  # validation is ranked many times in training
+_MAX_VALIDATION_DOCUMENTS = 2000  # validation is ranked many times in training
 _SPLITS = {
     "time": "The newest tenth of the clicks is the test, the tenth before it the validation.",
     "last": "The last click of each {query} is the test, the one before it the validation; the rest is trained on.",

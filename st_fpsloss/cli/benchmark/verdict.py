@@ -113,7 +113,8 @@ def _about_training(results: Sequence[Result], ours: Result, best: Result) -> li
     if best["curve"]:
         rest = best_of_others([result for result in results if result is not best])
         if rest is not None and difference(best, rest).sign > 0:
-            return [f"Training a model pays: both leave {rest['contender']} behind. The stock loss will do."]
+            who = "both leave" if difference(ours, rest).sign > 0 else "the stock loss leaves"
+            return [f"Training a model pays, {who} {rest['contender']} behind, and the stock loss will do."]
     elif ours["seconds"]["learning"] > best["seconds"]["learning"]:
         return [
             f"{best['contender']} learned in {best['seconds']['learning']:.0f} seconds, {OURS} in "
