@@ -29,7 +29,7 @@ def describe_tower(model: SentenceTransformer, task: str) -> str:
         >>> from st_fpsloss.towers import Tower, id_embedding, two_tower
         >>> words = Tower(id_embedding(["a", "b"], 8), hidden_dims=(16,))
         >>> describe_tower(two_tower(words, words, embedding_dim=4), "query")
-        'StaticEmbedding of 3 tokens x 8, MLP 8-16-4'
+        'StaticEmbedding of 5 tokens x 8, MLP 8-16-4'
     """
     parts: list[str] = []
     sizes: list[int] = []
