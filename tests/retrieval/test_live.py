@@ -240,9 +240,9 @@ def test_stored_columns_change_without_an_embedding(tmp_path, monkeypatch):
     for again in (index, index.save() or DocumentIndex.load(tmp_path / "index")):
         (result,) = again.search(model, QUERIES[:1], k=9, filter=pc.field("price") > 1)
         assert {d for d, _ in result} == set(range(5))
-    with pytest.raises(ValueError, match="documents has ids of type .*, and those of the index are of type"):
+    with pytest.raises(ValueError, match="of another type than those of the index"):
         index.update(model, [(1, "document1", {"price": "cheap"})])
-    with pytest.raises(ValueError, match="documents has ids of type .*, and those of the index are of type"):
+    with pytest.raises(ValueError, match="documents has ids of type"):
         index.add(model, {"one": "document1"})
 
 
