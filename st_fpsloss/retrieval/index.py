@@ -29,6 +29,8 @@ from st_fpsloss.retrieval.snapshot import ID
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from st_fpsloss.retrieval.updates import EmbeddedChanges
+
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 8192
@@ -407,10 +409,7 @@ class DocumentIndex:
             ValueError: If an id is in the index already (:meth:`update` replaces documents), the model is another one,
                 or the documents are unusable. The index is as it was, then.
         """
-        from st_fpsloss.retrieval.updates import embed_changes
-
-        self.check_model(model)
-        changes = embed_changes(self, model, documents, batch_size, show_progress_bar, id_column, document_column)
+        changes = self._changes(model, documents, batch_size, show_progress_bar, id_column, document_column)
         if changes.replaced:
             raise ValueError(
                 f"documents has {len(changes.replaced)} ids that are in the index, the first {changes.replaced[0]!r}: "
@@ -448,10 +447,7 @@ class DocumentIndex:
         Raises:
             ValueError: If the model is another one or the documents are unusable. The index is as it was, then.
         """
-        from st_fpsloss.retrieval.updates import embed_changes
-
-        self.check_model(model)
-        changes = embed_changes(self, model, documents, batch_size, show_progress_bar, id_column, document_column)
+        changes = self._changes(model, documents, batch_size, show_progress_bar, id_column, document_column)
         missing = [document_id for document_id in self.ids if document_id not in changes.seen] if remove_missing else []
         self._apply(changes.table, changes.vectors, missing)
         return Changes(
@@ -461,6 +457,15 @@ class DocumentIndex:
             removed=len(missing),
             unchanged=len(changes.seen) - len(changes.table),
         )
+
+    def _changes(self, model: SentenceTransformer, documents: Any, *how: Any) -> EmbeddedChanges:
+        """What differs from the stored documents, embedded."""
+        from st_fpsloss.retrieval.updates import embed_changes  # needs torch, searching does not
+
+        self.check_model(model)
+        with self._lock:
+            snapshot, row_of = self._snapshot, dict(self._row_of())
+        return embed_changes(snapshot, row_of, model, documents, self.columns, *how)
 
     def remove(self, ids: Iterable[Any]) -> None:
         """Remove documents, in memory; :meth:`save` writes it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,6 @@ from st_fpsloss.retrieval.sources import FINGERPRINT, DocumentBatch, Documents
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-    from st_fpsloss.retrieval.index import DocumentIndex
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +43,11 @@ class EmbeddedChanges:
 
 
 def embed_changes(
-    index: DocumentIndex,
+    snapshot: Snapshot,
+    row_of: Mapping[Any, int],
     model: SentenceTransformer,
     documents: Any,
+    columns: Sequence[str],
     batch_size: int,
     show_progress_bar: bool | None,
     id_column: str,
@@ -54,14 +55,23 @@ def embed_changes(
 ) -> EmbeddedChanges:
     """Compare documents with those of an index, and embed what differs.
 
+    Args:
+        snapshot: The index as it is now.
+        row_of: Id -> row of the snapshot.
+        model: The model that the index was built with.
+        documents: Documents as :meth:`DocumentIndex.build` takes them.
+        columns: The stored columns of the index.
+        batch_size: Documents in one forward pass.
+        show_progress_bar: Whether to show a progress bar; None: if the logger is at INFO or below.
+        id_column: Column of the ids, where documents have columns.
+        document_column: Column of the documents.
+
     Raises:
         ValueError: If the documents are unusable, or their ids or columns are of another type than the index's.
     """
-    source = Documents(documents, index.columns, id_column, document_column)
+    source = Documents(documents, columns, id_column, document_column)
     if show_progress_bar is None:
         show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
-    with index._lock:
-        snapshot, row_of = index._snapshot, dict(index._row_of())
     schema = snapshot.added.schema
     tables, arrays = [schema.empty_table()], [snapshot.added_vectors[:0]]
     replaced: list[Any] = []

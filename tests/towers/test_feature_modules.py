@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from st_fpsloss.towers import Categorical, History, Numerical, Tags
-from st_fpsloss.towers.modules.feature_encoders import FeatureFusion, encoder_of
+from st_fpsloss.towers.modules.feature_encoders import FeatureFusion
+from st_fpsloss.towers.modules.kinds import encoder_of
 
 IDS = [f"i{n}" for n in range(9)]
 

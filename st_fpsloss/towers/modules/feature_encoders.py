@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
 from st_fpsloss.towers.features.ids import MISSING_ID, UNKNOWN_ID, IdFeature
-from st_fpsloss.towers.features.kinds import Categorical, DocumentHistory, Feature, History, Numerical, Tags
+from st_fpsloss.towers.features.kinds import Feature, History, Tags
 from st_fpsloss.towers.modules.base import PackageModule
 
 _RECENT = 4.0
@@ -16,22 +16,6 @@ _RECENT = 4.0
 def recency_weights(max_length: int) -> Tensor:
     """Returns weights (max_length,) by age, 0 the age of the newest: about the last ten count."""
     return torch.exp(-torch.arange(max_length) / _RECENT)
-
-
-def encoder_of(feature: Feature) -> FeatureEncoder:
-    """Returns a new encoder for a feature."""
-    if isinstance(feature, DocumentHistory):
-        from st_fpsloss.towers.modules.document_history import DocumentHistoryEncoder  # which builds on this module
-
-        return DocumentHistoryEncoder(feature)
-    if isinstance(feature, History):
-        return HistoryEncoder(feature) if feature.num_hidden_layers else RecencyEncoder(feature)
-    kinds: dict[type[Feature], type[FeatureEncoder]] = {
-        Categorical: CategoricalEncoder,
-        Numerical: NumericalEncoder,
-        Tags: TagsEncoder,
-    }
-    return kinds[type(feature)](feature)
 
 
 class FeatureEncoder(nn.Module):

@@ -25,7 +25,8 @@ from st_fpsloss.towers.features.kinds import (
 from st_fpsloss.towers.features.values import input_row, input_text
 from st_fpsloss.towers.modules.base import PackageModule
 from st_fpsloss.towers.modules.document_reader import DocumentReader
-from st_fpsloss.towers.modules.feature_encoders import SequenceEncoder, encoder_of
+from st_fpsloss.towers.modules.feature_encoders import SequenceEncoder
+from st_fpsloss.towers.modules.kinds import encoder_of
 
 _TEXT_ENCODERS = {"Transformer": Transformer, "StaticEmbedding": StaticEmbedding}
 
