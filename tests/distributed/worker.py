@@ -33,8 +33,12 @@ def main(report: str, every: int, training: bool) -> None:
         folder.mkdir(exist_ok=True)
         found[name] = run(folder)
     torch.save(found, f"{report} {dist.get_rank()}")
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), "training" in sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may still run when the interpreter is torn down, which then aborts
