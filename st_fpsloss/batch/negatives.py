@@ -7,6 +7,7 @@ pairs work on. Everything is O(rows + columns + positives): the M×M index pairs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance, renumbere
 from st_fpsloss.objectives.pairwise import InBatchPairs
 from st_fpsloss.objectives.sampled_softmax import indexed_dot
 from st_fpsloss.objectives.sigmoid import SigmoidTargets
+
+# Explicit negatives that are listed at a time: some 20 numbers each, 40 MB.
+_TILE_PAIRS = 2**18
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Positives:
         row = row[torch.argsort(batch.query[row], stable=True)]
         return cls(row, batch.query[row], batch.document[0, row], batch.pair_weights(relevance)[row])
 
-    def select(self, index: Tensor) -> Positives:
-        """The positives at ``index``, numbers or bool."""
+    def select(self, index: Tensor | slice) -> Positives:
+        """The positives at ``index``: numbers, bool or a slice."""
         return Positives(self.row[index], self.query[index], self.document[index], self.weight[index])
 
     def is_local(self, batch: ClickBatch) -> Tensor:
@@ -75,16 +79,25 @@ class NegativePairs:
         return NegativePairs(number[self.positive[kept]], self.document[kept], self.count[kept], column)
 
 
-def pair_logits(
-    queries: Tensor, documents: Tensor, alpha: Tensor, positives: Positives, negatives: NegativePairs
+def pair_products(
+    queries: Tensor, documents: Tensor, positives: Positives, negatives: NegativePairs
 ) -> tuple[Tensor, Tensor]:
-    """R = α·(dot product) of the positives (P,) and of their negatives (K,), from unique embeddings."""
+    """Dot products of the positives (P,) and of their negatives (K,), from unique embeddings."""
     rows = torch.cat([positives.query, positives.query[negatives.positive]])
     columns = torch.cat([positives.document, negatives.document])
-    positive, negative = (alpha * indexed_dot(queries, documents, rows, columns)).split(
-        [len(positives.row), len(negatives.positive)]
-    )
+    sizes = [len(positives.row), len(negatives.positive)]
+    positive, negative = indexed_dot(queries, documents, rows, columns).split(sizes)
     return positive, negative
+
+
+def explicit_tiles(batch: ClickBatch, positives: Positives) -> list[slice]:
+    """Positives in tiles whose explicit negatives can be listed at a time; of one positive they are all in one tile."""
+    shown = _shown_rows(batch)
+    matches = torch.bincount(batch.query[shown], minlength=len(batch.query_fingerprints))[positives.query]
+    end = (matches + len(batch.document) - 1).cumsum(0)
+    tile = (end - 1).clamp_min(0) // _TILE_PAIRS
+    cuts = [0, *(tile.diff().nonzero().flatten() + 1).tolist(), len(tile)]
+    return [slice(first, last) for first, last in pairwise(cuts) if last > first]
 
 
 def explicit_negatives(batch: ClickBatch, positives: Positives, duplicates: Duplicates) -> NegativePairs:
@@ -92,7 +105,7 @@ def explicit_negatives(batch: ClickBatch, positives: Positives, duplicates: Dupl
 
     Args:
         batch: the clicks; a row's negatives are its document columns after the first.
-        positives: all positives of the batch.
+        positives: positives of the batch, all of them or a tile of :func:`explicit_tiles`.
         duplicates: ``"mask"`` leaves out a document that is a positive of the query anywhere in the batch.
     """
     number = torch.arange(len(positives.row), device=positives.row.device)
@@ -168,10 +181,15 @@ def _column_counts(batch: ClickBatch) -> Tensor:
 
 def _shown_to_the_same_query(batch: ClickBatch, positives: Positives) -> tuple[Tensor, Tensor]:
     """Each positive with each row of r ≤ 0 of its query: (number of the positive, row)."""
-    shown = ((batch.relevance <= 0) & (batch.query >= 0) & (batch.document[0] >= 0)).nonzero().flatten()
+    shown = _shown_rows(batch)
     shown = shown[torch.argsort(batch.query[shown], stable=True)]
     number, entry = _join(positives.query, batch.query[shown])
     return number, shown[entry]
+
+
+def _shown_rows(batch: ClickBatch) -> Tensor:
+    """Rows (N,) of r ≤ 0, as far as they are encoded."""
+    return ((batch.relevance <= 0) & (batch.query >= 0) & (batch.document[0] >= 0)).nonzero().flatten()
 
 
 def _join(values: Tensor, sorted_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ class CachedEncoding:
         gradient = grad_output * gradient
         gradients = gradient.split(self._sizes)  # views: they see what readers add
         others = [number for number in self._plan.order if number not in self._readers]
-        if isinstance(self._model, DistributedDataParallel):
+        if _ddp_of(self._model) is not None:
             # The reducer of DistributedDataParallel ends with the first backward that completes a bucket: what is
             # replayed accumulates without it, and what was kept, at least one mini-batch of each tower, comes last.
             self._peek_at_kept_readers(gradients)
@@ -206,8 +206,15 @@ class _Outputs(nn.Module):
         return outputs
 
 
+def _ddp_of(model: Encoder) -> DistributedDataParallel | None:
+    """The model as DistributedDataParallel, around which ``torch_compile=True`` puts another wrapper."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, DistributedDataParallel) else None
+
+
 def _no_sync(model: Encoder) -> AbstractContextManager[None]:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    ddp = _ddp_of(model)
+    return nullcontext() if ddp is None else ddp.no_sync()
 
 
 def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
@@ -217,15 +224,16 @@ def _as_ddp_outputs(model: Encoder, embeddings: list[Tensor]) -> list[Tensor]:
     number of mini-batches, and with ``find_unused_parameters=True``, the trainer's default, takes the other tower for
     unused, which crashes. Told of all mini-batches at once, it does neither.
     """
-    if not isinstance(model, DistributedDataParallel) or not torch.is_grad_enabled():
+    ddp = _ddp_of(model)
+    if ddp is None or not torch.is_grad_enabled():
         return embeddings
-    module = model.module
-    model.module = _Outputs(module)
+    module = ddp.module
+    ddp.module = _Outputs(module)
     try:
-        # Not model(...): MatryoshkaLoss puts a forward of its own into the model, for the calls with features.
-        return DistributedDataParallel.forward(model, embeddings)
+        # Not ddp(...): MatryoshkaLoss puts a forward of its own into the model, for the calls with features.
+        return DistributedDataParallel.forward(ddp, embeddings)
     finally:
-        model.module = module
+        ddp.module = module
 
 
 def _readers(plan: BatchPlan, parts: dict[int, Tensor]) -> dict[int, Reader]:

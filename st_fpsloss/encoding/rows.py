@@ -196,10 +196,12 @@ def preprocessed_rows(
 
 
 def routes_by_task(model: SentenceTransformer) -> bool:
-    """Whether a model has a tower for queries and one for documents."""
-    return any(
-        isinstance(module, Router) and {"query", "document"} <= set(module.sub_modules) for module in model.children()
-    )
+    """Whether a model has a tower for the task "query" and one for "document", by name or by ``route_mappings``."""
+    return any({"query", "document"} <= _tasks(module) for module in model.children() if isinstance(module, Router))
+
+
+def _tasks(router: Router) -> set[str]:
+    return {*router.sub_modules, *(task for task, _ in router.route_mappings if task)}
 
 
 def _documents_of(features: Features) -> tuple[Features, TokenizedRows | None]:

@@ -53,6 +53,7 @@ class Frequencies(ABC):
         self.prior = prior
         self.frozen = frozen
         self.half_life = half_life
+        self.prompt: str | None = None  # what the rows counted by from_inputs begin with; None where none were
         self._total = 0.0
         self._log2_weight = 0.0
 
@@ -92,9 +93,10 @@ class Frequencies(ABC):
         if task not in ("query", "document"):
             raise ValueError(f'`task` must be "query" or "document", got {task!r}.')
         table = cls(**{"frozen": True, **settings})
+        table.prompt = prompt or ""
         for some_inputs, some_counts in _chunks(inputs, counts):
-            keys, inverse = np.unique(input_fingerprints(model, some_inputs, task, prompt), return_inverse=True)
-            table.update(torch.from_numpy(keys), torch.from_numpy(np.bincount(inverse, some_counts)))
+            fingerprints, inverse = np.unique(input_fingerprints(model, some_inputs, task, prompt), return_inverse=True)
+            table.update(torch.from_numpy(fingerprints), torch.from_numpy(np.bincount(inverse, some_counts)))
         return table
 
     @property
@@ -102,11 +104,11 @@ class Frequencies(ABC):
         """Number of draws counted; with a half-life, what is left of them."""
         return self._total * 2.0**-self._log2_weight
 
-    def update(self, keys: Tensor, counts: Tensor) -> None:
+    def update(self, fingerprints: Tensor, counts: Tensor) -> None:
         """Count draws.
 
         Args:
-            keys: (N,) int64 distinct keys.
+            fingerprints: (N,) int64, of distinct rows.
             counts: (N,) how often each was drawn.
         """
         drawn = counts.cpu().numpy().astype(np.float64)
@@ -114,7 +116,7 @@ class Frequencies(ABC):
             self._age(drawn.sum() / self.half_life)
         weight = 2.0**self._log2_weight
         self._total += float(drawn.sum()) * weight  # whole numbers first: the same in whatever order rows come
-        self._add(keys.cpu().numpy(), drawn * weight)
+        self._add(fingerprints.cpu().numpy(), drawn * weight)
 
     def _age(self, half_lives: float) -> None:
         self._log2_weight += half_lives
@@ -185,16 +187,16 @@ class Frequencies(ABC):
         self._log2_weight = state["log2_weight"]
 
     @abstractmethod
-    def _add(self, keys: np.ndarray, weighted: np.ndarray) -> None:
-        """Add (N,) weighted draws of (N,) distinct keys."""
+    def _add(self, fingerprints: np.ndarray, weighted: np.ndarray) -> None:
+        """Add (N,) weighted draws of (N,) distinct rows."""
 
     @abstractmethod
     def _scale(self, factor: float) -> None:
-        """Multiply all counts, and forget keys with less than ``FORGOTTEN``."""
+        """Multiply all counts, and forget rows with less than ``FORGOTTEN``."""
 
     @abstractmethod
-    def _counts_of(self, keys: np.ndarray) -> np.ndarray:
-        """Weighted counts (N,) of (N,) keys."""
+    def _counts_of(self, fingerprints: np.ndarray) -> np.ndarray:
+        """Weighted counts (N,) of (N,) rows."""
 
     @abstractmethod
     def _known_counts(self) -> np.ndarray:
@@ -202,7 +204,7 @@ class Frequencies(ABC):
 
     @abstractmethod
     def _num_distinct(self) -> float:
-        """Number of different keys that are not forgotten."""
+        """Number of different rows that are not forgotten."""
 
     @abstractmethod
     def _export_counts(self) -> dict[str, Any]:
@@ -239,15 +241,15 @@ class FrequencyTable(Frequencies):
     def __len__(self) -> int:
         return len(self._counts)
 
-    def _add(self, keys: np.ndarray, weighted: np.ndarray) -> None:
-        self._counts.add(keys, weighted)
+    def _add(self, fingerprints: np.ndarray, weighted: np.ndarray) -> None:
+        self._counts.add(fingerprints, weighted)
 
     def _scale(self, factor: float) -> None:
         self._counts.scale(factor)
         self._counts.keep(self._counts.values >= FORGOTTEN)
 
-    def _counts_of(self, keys: np.ndarray) -> np.ndarray:
-        return self._counts.of(keys)
+    def _counts_of(self, fingerprints: np.ndarray) -> np.ndarray:
+        return self._counts.of(fingerprints)
 
     def _known_counts(self) -> np.ndarray:
         return self._counts.values
@@ -257,7 +259,7 @@ class FrequencyTable(Frequencies):
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Fingerprints (N,) int64 of all rows that were drawn, and how often each was."""
-        return self._counts.keys, self._counts.values * 2.0**-self._log2_weight
+        return self._counts.fingerprints, self._counts.values * 2.0**-self._log2_weight
 
     def _export_counts(self) -> dict[str, Any]:
         return self._counts.export_state()

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from accelerate.utils import extract_model_from_parallel
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator, ForwardDecorator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
@@ -106,6 +107,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         self.gather_across_devices = gather_across_devices
         self.has_state_callback = False  # LossStateCallback sets it
         self.last_batch = None  # and looks at this, now and then
+        self._warned_of_matryoshka = False
         self._routes_by_task = routes_by_task(model)
 
     @abstractmethod
@@ -153,6 +155,7 @@ class ClickLoss(DiagnosedLoss, ABC):
         check_layers(extract_model_from_parallel(self.model, keep_torch_compile=False))
         self.check_batch(len(columns), labels)
         self._warn_without_callback()
+        self._warn_of_matryoshka()
         self.clamp_()
         relevance = check_relevance(labels, len(columns[0]), columns[0].lengths.device, self._dtype)
         num_tokens = self._num_tokens(relevance.device)
@@ -281,6 +284,20 @@ class ClickLoss(DiagnosedLoss, ABC):
                 "α is learned, but nothing saves it: add `callbacks=[LossStateCallback(loss)]` to the trainer, or pass "
                 "`learn_scale=False`. Without the callback a resumed run starts again from the first α, and with "
                 "several processes each learns an α of its own."
+            )
+
+    def _warn_of_matryoshka(self) -> None:
+        """MatryoshkaLoss normalises every embedding that it cuts, those of all dimensions too."""
+        decorators = (vars(self).get("calculate_loss"), vars(self.model).get("forward"))
+        if self._warned_of_matryoshka or self.similarity == "cosine":
+            return
+        if any(isinstance(one, (CachedLossDecorator, ForwardDecorator)) for one in decorators):
+            self._warned_of_matryoshka = True
+            logger.warning(
+                "MatryoshkaLoss normalises embeddings, so that this loss with similarity='dot' trains a cosine, at α = "
+                "%.3g, and the model ranks by the dot product. Build the model with similarity='cosine' (α then starts "
+                "at 1/0.07), or train without MatryoshkaLoss.",
+                self.alpha,
             )
 
     def _check_columns(self, columns: Sequence[TokenizedRows]) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 from torch import Tensor, nn
 
+from st_fpsloss.encoding.rows import routes_by_task
 from st_fpsloss.losses.arguments import Similarity
 
 
@@ -24,12 +26,20 @@ def similarity_of(model: SentenceTransformer, similarity: Similarity | None) -> 
 
 
 def check_model(model: object) -> None:
-    """Raise a ValueError unless the model is a SentenceTransformer."""
+    """Raise a ValueError unless the model is a SentenceTransformer whose towers, if it has two, are known by task."""
     if not isinstance(model, SentenceTransformer):
         raise ValueError(
             f"`model` must be a SentenceTransformer, with dense embeddings, got a {type(model).__name__}. For a "
             "CrossEncoder or a SparseEncoder take those of sentence-transformers; `two_tower` makes "
             "a model for this one."
+        )
+    router = next((module for module in model.children() if isinstance(module, Router)), None)
+    if router is not None and not routes_by_task(model):
+        raise ValueError(
+            f"`model` has a Router with the routes {list(router.sub_modules)}, which do not tell queries from "
+            'documents. Name them "query" and "document", or say which is which, as in Router(..., route_mappings='
+            '{("query", None): "user", ("document", None): "item"}), and let `router_mapping` in the training '
+            'arguments map columns to "query" and "document".'
         )
 
 

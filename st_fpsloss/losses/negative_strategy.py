@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from st_fpsloss.batch.clicks import ClickBatch, Duplicates, Relevance
-from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives
+from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives, explicit_tiles
 from st_fpsloss.batch.statistics import has_in_batch_negatives
 from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.checks import check_choice
@@ -85,8 +85,11 @@ class NegativeStrategy:
     def has_negatives(self, batch: ClickBatch, relevance: Relevance, duplicates: Duplicates) -> bool:
         """Whether any row with r > 0 has a negative."""
         if self.is_explicit(len(batch.document)):
-            negatives = explicit_negatives(batch, Positives.of(batch, relevance), duplicates)
-            return len(negatives.positive) > 0
+            positives = Positives.of(batch, relevance)
+            return any(
+                len(explicit_negatives(batch, positives.select(rows), duplicates).positive) > 0
+                for rows in explicit_tiles(batch, positives)
+            )
         return has_in_batch_negatives(batch, "query_to_doc", duplicates)
 
     def hardest_of(self, pairs: InBatchPairs, queries: Tensor, documents: Tensor) -> NegativePairs:

@@ -13,12 +13,20 @@ from typing_extensions import Unpack
 
 from st_fpsloss.batch.clicks import ClickBatch
 from st_fpsloss.batch.distributed import over_ranks
-from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives, in_batch_negatives, pair_logits
+from st_fpsloss.batch.negatives import (
+    NegativePairs,
+    Positives,
+    explicit_negatives,
+    explicit_tiles,
+    in_batch_negatives,
+    pair_products,
+)
 from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.arguments import ClickArguments
 from st_fpsloss.losses.base import ClickLoss
 from st_fpsloss.losses.negative_strategy import NegativeStrategy
 from st_fpsloss.objectives.pairwise import PairObjective, in_batch_pairs
+from st_fpsloss.objectives.tiles import in_float32, sum_over_tiles
 
 
 class PairwiseLoss(ClickLoss):
@@ -47,14 +55,24 @@ class PairwiseLoss(ClickLoss):
     def objective(self, queries: Tensor, documents: Tensor, batch: ClickBatch) -> Tensor:
         """Weighted mean of the loss over all pairs of the batch."""
         positives = Positives.of(batch, self.relevance)
-        if self.strategy.is_explicit(len(batch.document)):
-            negatives = explicit_negatives(batch, positives, self.duplicates)
-            total = (positives.weight[negatives.positive] * negatives.count).sum()
-            is_local = positives.is_local(batch)
-            loss = self._over_pairs(queries, documents, positives.select(is_local), negatives.of(is_local))
-        else:
-            loss, total = self._in_batch(queries, documents, batch, positives)
+        over = self._explicit if self.strategy.is_explicit(len(batch.document)) else self._in_batch
+        loss, total = over(queries, documents, batch, positives)
         return loss / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+    def _explicit(
+        self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum over this process's pairs, and the weight of the pairs of all processes."""
+        is_local = positives.is_local(batch)
+
+        def over_tile(rows: slice, queries: Tensor, documents: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+            part, local = positives.select(rows), is_local[rows]
+            negatives = explicit_negatives(batch, part, self.duplicates)
+            total = (part.weight[negatives.positive] * negatives.count).sum()
+            return self._over_pairs(queries, documents, alpha, part.select(local), negatives.of(local)), total
+
+        tiles = explicit_tiles(batch, positives)
+        return sum_over_tiles(over_tile, tiles, *in_float32(queries, documents, self.logit_scale.exp()))
 
     def _in_batch(
         self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives
@@ -69,7 +87,7 @@ class PairwiseLoss(ClickLoss):
         if self.strategy.hardest is not None:
             num_pairs = num_pairs.clamp_max(self.strategy.hardest)
             negatives = self.strategy.hardest_of(pairs, queries[local.query], documents)
-            loss = self._over_pairs(queries, documents, local, negatives)
+            loss = self._over_pairs(queries, documents, self.logit_scale.exp(), local, negatives)
         else:
             alpha = self.logit_scale.exp()
             loss, weight = in_batch_pairs(queries[local.query], documents, alpha, pairs, self.pair_objective)
@@ -77,10 +95,13 @@ class PairwiseLoss(ClickLoss):
                 return loss, over_ranks(weight, "sum") if self._gathers else weight
         return loss, (positives.weight * num_pairs).sum()
 
-    def _over_pairs(self, queries: Tensor, documents: Tensor, positives: Positives, negatives: NegativePairs) -> Tensor:
-        positive, negative = pair_logits(queries, documents, self.logit_scale.exp(), positives, negatives)
+    def _over_pairs(
+        self, queries: Tensor, documents: Tensor, alpha: Tensor, positives: Positives, negatives: NegativePairs
+    ) -> Tensor:
+        positive, negative = pair_products(queries, documents, positives, negatives)
+        gap = alpha * (positive[negatives.positive] - negative)  # this order, else rounding hides α's gradient
         weight = positives.weight[negatives.positive] * negatives.count
-        return (weight * self.pair_objective.value(positive[negatives.positive] - negative)).sum()
+        return (weight * self.pair_objective.value(gap)).sum()
 
     def has_negatives(self, batch: ClickBatch) -> bool:
         """Whether any row with r > 0 has a negative."""

@@ -12,13 +12,21 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from st_fpsloss.batch.clicks import ClickBatch
-from st_fpsloss.batch.negatives import NegativePairs, Positives, explicit_negatives, in_batch_negatives, pair_logits
+from st_fpsloss.batch.negatives import (
+    NegativePairs,
+    Positives,
+    explicit_negatives,
+    explicit_tiles,
+    in_batch_negatives,
+    pair_products,
+)
 from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.arguments import LogQArguments
 from st_fpsloss.losses.log_q import LogQLoss
 from st_fpsloss.losses.negative_strategy import Negatives, NegativeStrategy
 from st_fpsloss.objectives.sampled_softmax import sampled_softmax
 from st_fpsloss.objectives.softmax import full_product_softmax
+from st_fpsloss.objectives.tiles import in_float32, sum_over_tiles
 
 
 class SampledSoftmaxLoss(LogQLoss):
@@ -88,31 +96,48 @@ class SampledSoftmaxLoss(LogQLoss):
             anchors, targets = batch.softmax_targets("query_to_doc", self.relevance, self.duplicates, self.log_q)
             return full_product_softmax(queries[anchors], documents, self.logit_scale.exp(), targets)
         positives = Positives.of(batch, self.relevance)
-        is_local = positives.is_local(batch)
-        local = positives.select(is_local)
-        if explicit:
-            negatives = explicit_negatives(batch, positives, self.duplicates).of(is_local)
-        else:
-            pairs = in_batch_negatives(batch, local, self.duplicates)
-            negatives = self.strategy.hardest_of(pairs, queries[local.query], documents)
-        return self._over_pairs(queries, documents, batch, local, negatives)
+        positives = positives.select(positives.is_local(batch))
+        alpha = self.logit_scale.exp()
+        if not explicit:
+            pairs = in_batch_negatives(batch, positives, self.duplicates)
+            negatives = self.strategy.hardest_of(pairs, queries[positives.query], documents)
+            return self._over_pairs(queries, documents, alpha, batch, positives, negatives)
+        log_unmasked_q = batch.log_unmasked_q() if self.log_q == "corrected" else None
+
+        def over_tile(rows: slice, queries: Tensor, documents: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+            part = positives.select(rows)
+            negatives = explicit_negatives(batch, part, self.duplicates)
+            loss = self._over_pairs(queries, documents, alpha, batch, part, negatives, log_unmasked_q)
+            return loss, loss.new_zeros(())
+
+        tiles = explicit_tiles(batch, positives)
+        return sum_over_tiles(over_tile, tiles, *in_float32(queries, documents, alpha))[0]
 
     def _over_pairs(
-        self, queries: Tensor, documents: Tensor, batch: ClickBatch, positives: Positives, negatives: NegativePairs
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        alpha: Tensor,
+        batch: ClickBatch,
+        positives: Positives,
+        negatives: NegativePairs,
+        log_unmasked_q: Tensor | None = None,
     ) -> Tensor:
         """Softmax of each positive over its negatives; a positive without any has no loss."""
-        alpha = self.logit_scale.exp()
-        positive, negative = pair_logits(queries, documents, alpha, positives, negatives)
-        negative = negative + negatives.count.log()
+        positive, negative = pair_products(queries, documents, positives, negatives)
+        positive, negative = alpha * positive, alpha * negative + negatives.count.log()
         if self.log_q is not None and batch.document_log_q is not None and negatives.column is not None:
             log_q = batch.document_log_q.to(negative.dtype)
             if self.log_q == "standard":
                 positive = positive - log_q[0, positives.row]
-            negative = negative + self._log_weights(log_q, batch.log_unmasked_q()[positives.query], negatives)
+            of_positive = None if log_unmasked_q is None else log_unmasked_q[positives.query]
+            negative = negative + self._log_weights(log_q, of_positive, negatives, len(positives.row))
         with_negatives, row = torch.unique(negatives.positive, return_inverse=True)
         return (positives.weight[with_negatives] * sampled_softmax(positive[with_negatives], negative, row)).sum()
 
-    def _log_weights(self, log_q: Tensor, log_unmasked_q: Tensor, negatives: NegativePairs) -> Tensor:
+    def _log_weights(
+        self, log_q: Tensor, log_unmasked_q: Tensor | None, negatives: NegativePairs, num_positives: int
+    ) -> Tensor:
         """What ``log_q`` adds to each explicit negative (K,).
 
         A document that was shown and not clicked (it stands in column 0) was not drawn, so it is not corrected for
@@ -120,14 +145,15 @@ class SampledSoftmaxLoss(LogQLoss):
 
         Args:
             log_q: (columns - 1, M).
-            log_unmasked_q: (P,) log share of Q that the negatives of each positive come from.
+            log_unmasked_q: (P,) log share of Q that the negatives of each positive come from; None for "standard".
             negatives: the negatives.
+            num_positives: P.
         """
         assert negatives.column is not None
         is_drawn = negatives.column[0] > 0
-        drawn = torch.bincount(negatives.positive[is_drawn], minlength=len(log_unmasked_q)).clamp_min(1).to(log_q.dtype)
+        drawn = torch.bincount(negatives.positive[is_drawn], minlength=num_positives).clamp_min(1).to(log_q.dtype)
         of_drawn = -log_q[negatives.column[0], negatives.column[1]]
-        if self.log_q == "standard":
+        if log_unmasked_q is None:
             return torch.where(is_drawn, of_drawn, drawn.log()[negatives.positive])
         return torch.where(is_drawn, of_drawn + (log_unmasked_q - drawn.log())[negatives.positive], 0.0)
 

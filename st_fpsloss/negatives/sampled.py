@@ -192,8 +192,9 @@ class SampledNegatives:
     def frequencies(self, model: SentenceTransformer, in_batch: bool, prompt: str | None) -> dict[str, FrequencyTable]:
         """:meth:`q` as a table; see :func:`mixture_frequencies`."""
         table = FrequencyTable(prior=0.0, frozen=True)
-        keys = row_fingerprints(model, self._inputs.tolist(), "document", prompt)
-        table.update(keys, torch.from_numpy(self.q(in_batch)))
+        table.prompt = prompt or ""
+        fingerprints = row_fingerprints(model, self._inputs.tolist(), "document", prompt)
+        table.update(fingerprints, torch.from_numpy(self.q(in_batch)))
         return {"document": table}
 
     def _allowed_pools(self, clicks: Dataset, corpus: _Corpus) -> Pools:

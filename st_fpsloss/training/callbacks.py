@@ -32,7 +32,7 @@ from st_fpsloss.training.checkpoints import files_of
 from st_fpsloss.training.divergence import LossValues, check_weights, diverged
 from st_fpsloss.training.encoder_check import EncoderCheck
 from st_fpsloss.training.reporting import LossFigures, run_first, warn
-from st_fpsloss.training.setting_checks import check_inputs, prompt_warnings
+from st_fpsloss.training.setting_checks import check_frequency_prompts, check_inputs, prompt_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class LossStateCallback(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: If ``loss`` has no loss of this package, is not the trainer's or made for another model than the
-            trainer's; if there is a second callback of this kind, or known positives meet prompts; or the run uses FSDP
-            or DeepSpeed, or a checkpoint's state belongs to another loss.
+            trainer's; if there is a second callback of this kind; if known positives or frequencies lack the prompts of
+            the training arguments; or the run uses FSDP or DeepSpeed, or a checkpoint's state is of another loss.
         FloatingPointError: If training diverges.
 
     Example::
@@ -143,6 +143,7 @@ class LossStateCallback(TrainerCallback, ExportableState):
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         for name, loss in self._losses.items():
             loss.check_setting(model, args, dataset)
+            check_frequency_prompts(getattr(loss, "frequencies", {}), args, kwargs.get("train_dataloader"))
             _check_optimized(name, loss, model, kwargs.get("optimizer"))
         check_inputs(dataset)
         if state.is_world_process_zero and isinstance(model, SentenceTransformer):

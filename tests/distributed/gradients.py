@@ -149,6 +149,24 @@ def compare(known: list[Step | None], every: int) -> dict[str, Any]:
     return {"cases": len(known), "mismatches": found}
 
 
+def compiled() -> dict[str, float]:
+    """Relative error of the encoders' gradients under ``torch_compile``, kept and cached, against those without."""
+    found = {}
+    for mode in (False, True):
+        of_form = []
+        for compile_it in (False, True):
+            ddp = DistributedDataParallel(float64_model("two towers"), find_unused_parameters=False)
+            loss = FPSLoss(ddp.module, mini_batch_num_tokens=20, cache_gradients=mode, gather_across_devices=True)
+            loss.scale_and_bias.double()
+            loss.has_state_callback = True
+            # As the trainer does it; what compiles does not matter, but that it stands around the other wrapper.
+            loss.model = torch.compile(ddp, backend="eager") if compile_it else ddp
+            loss(*arguments(ddp.module, cases()[0].batch(dist.get_rank(), 0))).backward()
+            of_form.append(gradients(ddp.module, loss))
+        found["cached" if mode else "kept"] = float((of_form[1] - of_form[0]).norm() / of_form[0].norm())
+    return found
+
+
 def ready_embeddings() -> dict[str, float]:
     """Relative error of the gradients of embeddings that no model made, with ids that ranks share and without ids."""
     rank, ranks = dist.get_rank(), dist.get_world_size()

@@ -53,6 +53,7 @@ def assert_like_one_process(reports: Reports, every: int) -> None:
         assert report["gradients"] == {"cases": len(cases()[::every]), "mismatches": []}
         assert set(report["ready embeddings"]) == {"with ids", "without ids"}
         assert max(report["ready embeddings"].values()) < 1e-5
+        assert max(report["compiled"].values()) < 1e-12
         assert report["whole histories"] == {"kept": {}, "cached": {}}
         assert report["document histories"] == {"kept": {}, "cached": {}, "as memory allows": {}}
 

@@ -24,6 +24,7 @@ def main(report: str, every: int, training: bool) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     found = {
         "gradients": gradients.compare(known, every),
+        "compiled": gradients.compiled(),
         "ready embeddings": gradients.ready_embeddings(),
         "whole histories": whole_histories.compare(),
         "document histories": document_histories.compare(),

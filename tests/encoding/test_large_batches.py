@@ -82,6 +82,18 @@ def test_no_tensor_has_rows_times_rows_elements(name, monkeypatch):
     assert M * 8 <= largest.num_elements <= M * M // 16  # negative columns double the width of a tile
 
 
+@pytest.mark.parametrize("kind", [PairCELoss, SampledSoftmaxLoss])
+def test_many_documents_shown_to_one_query_are_not_listed_at_once(kind, monkeypatch):
+    monkeypatch.setattr("st_fpsloss.batch.negatives._TILE_PAIRS", M * 8)
+    model, (_, documents) = id_batch(num_negatives=0)
+    loss = kind(model, negatives="explicit")
+    with LargestTensor() as largest:  # half of the rows clicked, half not: M * M / 4 pairs
+        loss([model.preprocess(["0"] * M, task="query"), documents], torch.arange(M) % 2).backward()
+        loss.batch_statistics()
+    assert gradients(model, loss).norm() > 0
+    assert M * 8 <= largest.num_elements <= M * M // 16
+
+
 def test_the_recorder_sees_a_matrix_of_all_cells():
     queries = torch.randn(64, 8, requires_grad=True)
     with LargestTensor() as largest:

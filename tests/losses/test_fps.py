@@ -262,6 +262,18 @@ def test_wrong_input_is_refused_with_its_cure(call, message):
         call()
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_matryoshka_loss_on_a_model_of_dot_products_is_warned_of_once(cached, caplog):
+    for similarity in ("cosine", "dot"):
+        model = small_model(similarity=similarity)
+        loss = MatryoshkaLoss(model, FPSLoss(model, cache_gradients=cached), [8, 4])
+        caplog.clear()
+        for _ in range(2):
+            loss(clicks(model, 4)[0](), None)
+        found = [record.message for record in caplog.records if "trains a cosine, at α = 1" in record.message]
+        assert len(found) == (similarity == "dot")
+
+
 @pytest.mark.parametrize("wrapper", [AdaptiveLayerLoss, Matryoshka2dLoss])
 def test_losses_that_cut_layers_are_refused(wrapper, minilm):
     model = plain_model(minilm)

@@ -55,13 +55,14 @@ def test_value_and_gradients_equal_the_float64_formula(kind, options, duplicates
 
 
 @pytest.mark.parametrize("kind", [PairCELoss, TripletLoss])
-@pytest.mark.parametrize("options", [dict(), dict(hardest=3)], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(hardest=3), dict(negatives="explicit")], ids=str)
 def test_the_tiling_changes_nothing(monkeypatch, kind, options):
     batch = random_batch(40, 1, 0)[:5]
+    monkeypatch.setattr("st_fpsloss.batch.negatives._TILE_PAIRS", 7)
     monkeypatch.setattr("st_fpsloss.objectives.softmax._TILE_PAIRS_CPU", 100)
     monkeypatch.setattr("st_fpsloss.objectives.sampled_softmax._CHUNK_NUMBERS", 20)
-    loss = kind(MODEL, learn_scale=True, negatives="in_batch", **options)
-    assert_agrees(loss, formula(loss, explicit=False), batch)
+    loss = kind(MODEL, learn_scale=True, **{"negatives": "in_batch", **options})
+    assert_agrees(loss, formula(loss, explicit="negatives" in options), batch)
 
 
 def test_pair_ce_is_the_cross_entropy_of_the_positive_being_the_better():

@@ -43,6 +43,15 @@ def test_value_and_gradients_equal_the_float64_formula(options, duplicates, log_
         assert_agrees(loss, formula(loss, explicit, document_log_q), batch, **given)
 
 
+@pytest.mark.parametrize(("duplicates", "log_q"), [("keep", None), ("keep", "standard"), ("mask", "corrected")])
+def test_the_tiling_of_explicit_negatives_changes_nothing(monkeypatch, duplicates, log_q):
+    monkeypatch.setattr("st_fpsloss.batch.negatives._TILE_PAIRS", 7)
+    loss = SampledSoftmaxLoss(MODEL, scale=2.0, duplicates=duplicates, log_q=log_q, relevance="weight")
+    *batch, _, document_log_q = random_batch(40, 2, 0)
+    given = {"document_log_q": document_log_q} if log_q else {}
+    assert_agrees(loss, formula(loss, True, document_log_q), batch, **given)
+
+
 @pytest.mark.parametrize("duplicates", ["keep", "mask"])
 @pytest.mark.parametrize("hardest", [1, 4, 100])
 def test_the_hardest_negatives_equal_the_float64_formula(hardest, duplicates):

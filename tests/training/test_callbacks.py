@@ -13,10 +13,12 @@ import torch
 from datasets import Dataset
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from st_fpsloss import FPSLoss, LossStateCallback, last_complete_checkpoint
 from st_fpsloss.data import load_clicks
+from st_fpsloss.frequencies import FrequencyTable
+from st_fpsloss.training.setting_checks import check_frequency_prompts
 from tests.losses.conftest import small_model
 from tests.training.runs import click_log, trainer, weights
 
@@ -276,6 +278,53 @@ def test_known_positives_with_prompts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`known_positives` are known by their inputs without prompts"):
         trainer(tmp_path, model=model, loss=loss, prompts={"query": "over "}).train()
     trainer(tmp_path, model=model, loss=loss, prompts=model.prompts, max_steps=1).train()  # they are empty
+
+
+@pytest.mark.parametrize(
+    ("table_prompt", "prompts", "side", "recognised"),
+    [
+        (None, None, "document", True),
+        ("over ", None, "document", False),
+        (None, {"query": "over "}, "document", True),
+        (None, {"query": "over "}, "query", False),
+        ("over ", {"query": "over "}, "query", True),
+        (None, "over ", "document", False),
+        ("over ", {"document": "under "}, "document", False),
+    ],
+)
+def test_frequencies_without_the_prompts_of_training_are_refused(tmp_path, table_prompt, prompts, side, recognised):
+    model = small_model()
+    table = FrequencyTable.from_inputs(model, click_log()[side], side, prompt=table_prompt)
+    loss = FPSLoss(model, log_q="corrected", frequencies={side: table})
+    training = trainer(tmp_path, model=model, loss=loss, prompts=prompts, max_steps=1)
+    if recognised:
+        training.train()
+    else:
+        with pytest.raises(ValueError, match=rf"`frequencies\['{side}'\]` was counted with prompt="):
+            training.train()
+
+
+def test_frequencies_are_checked_by_the_prompts_of_each_data_set():
+    def check(prompt, router_mapping, prompts):
+        table = FrequencyTable.from_inputs(small_model(), ["brew"], "document", prompt=prompt)
+        args = SimpleNamespace(router_mapping=router_mapping, prompts=prompts)
+        check_frequency_prompts({"document": table}, args, SimpleNamespace(dataset=click_log()))
+
+    columns = {"query": "query", "document": "document"}
+    check("a: ", columns, {"clicks": "a: ", "sales": "b: "})
+    check("b: ", {"clicks": columns, "sales": columns}, {"clicks": {"document": "a: "}, "sales": {"document": "b: "}})
+    check("a: ", None, {"document": "a: "})  # one encoder: the first column is the query
+    with pytest.raises(ValueError, match=r"prompt='c: '.*training puts 'a: ' or 'b: '"):
+        check("c: ", columns, {"clicks": "a: ", "sales": "b: "})
+
+
+def test_a_loss_with_two_names_is_clipped_and_averaged_once():
+    model = small_model()
+    loss = FPSLoss(model)
+    callback = LossStateCallback({"clicks": loss, "sales": loss}, max_grad_norm=1.0)
+    loss.logit_scale.grad = torch.tensor(4.0)
+    callback.on_pre_optimizer_step(SimpleNamespace(fp16=False), TrainerState(), TrainerControl())
+    assert loss.logit_scale.grad == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_checkpoint_without_the_state_resumes_with_a_warning(tmp_path, caplog):
