@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from sklearn.isotonic import isotonic_regression
 
-from st_fpsloss.frequencies.key_counts import KeyCounts, decode, encode
+from st_fpsloss.frequencies.counts import FingerprintCounts, decode, encode
 from st_fpsloss.frequencies.table import FORGOTTEN, Frequencies
 from st_fpsloss.utils.hashing import mix
 
 _SALT = np.uint64(0x9E3779B97F4A7C15)
-_SAMPLE_SIZE = 16_384  # keys counted exactly, at most
-_ABSENT = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 4096)  # keys of no row
+_SAMPLE_SIZE = 16_384  # fingerprints counted exactly, at most
+_ABSENT = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 4096)  # fingerprints of no row
 
 
 class FrequencySketch(Frequencies):
@@ -23,7 +23,7 @@ class FrequencySketch(Frequencies):
     A count-min sketch (Cormode and Muthukrishnan 2005) with conservative update (Estan and Varghese 2002): each row
     has one of ``width`` counters in each of ``depth`` lines, only the smallest of which grow, and its reading is the
     smallest. A reading is never too small. It is too large for rows that are rarer than what shares their counters;
-    by how much is told by a uniform sample of the keys that is counted exactly (Wegman's adaptive sampling: the keys
+    by how much is told by a uniform sample of the rows that is counted exactly (Wegman's adaptive sampling: the rows
     whose hash is below a bound, which is halved when they become too many). A reading such as a row that never came
     could have (99% of them have no larger one) is replaced by what drawn rows with this reading have in the sample: the
     mean of their log counts, made monotone. The size of the sample also tells the number of distinct rows.
@@ -68,40 +68,40 @@ class FrequencySketch(Frequencies):
         self.depth = depth
         # Counts above 2^24 are rounded. An addition is lost only where a row has 2^24 times the draws of one batch.
         self._counters = np.zeros(width * depth, dtype=np.float32)
-        self._sample = KeyCounts()
+        self._sample = FingerprintCounts()
         self._halvings = 0
 
-    def _cells(self, keys: np.ndarray) -> np.ndarray:
-        """Positions (depth, N) of the counters of (N,) keys."""
+    def _cells(self, fingerprints: np.ndarray) -> np.ndarray:
+        """Positions (depth, N) of the counters of (N,) fingerprints."""
         lines = np.arange(self.depth)[:, None]
-        hashes = mix(keys.astype(np.uint64) + (lines.astype(np.uint64) + np.uint64(1)) * _SALT)
+        hashes = mix(fingerprints.astype(np.uint64) + (lines.astype(np.uint64) + np.uint64(1)) * _SALT)
         return lines * self.width + (hashes % np.uint64(self.width)).astype(np.int64)
 
-    def _readings(self, keys: np.ndarray) -> np.ndarray:
-        return self._counters[self._cells(keys)].min(axis=0)
+    def _readings(self, fingerprints: np.ndarray) -> np.ndarray:
+        return self._counters[self._cells(fingerprints)].min(axis=0)
 
-    def _add(self, keys: np.ndarray, weighted: np.ndarray) -> None:
-        cells = self._cells(keys)
+    def _add(self, fingerprints: np.ndarray, weighted: np.ndarray) -> None:
+        cells = self._cells(fingerprints)
         # Keys that share a counter do not add up in it: it need not be more than what the largest of them needs.
         needed = self._counters[cells].min(axis=0) + weighted.astype(np.float32)
         np.maximum.at(self._counters, cells.ravel(), np.tile(needed, self.depth))  # numpy 2.4 broadcasts wrongly here
-        sampled = self._is_sampled(keys)
-        self._sample.add(keys[sampled], weighted[sampled])
+        sampled = self._is_sampled(fingerprints)
+        self._sample.add(fingerprints[sampled], weighted[sampled])
         while len(self._sample) > _SAMPLE_SIZE:
             self._halvings += 1
-            self._sample.keep(self._is_sampled(self._sample.keys))
+            self._sample.keep(self._is_sampled(self._sample.fingerprints))
 
-    def _is_sampled(self, keys: np.ndarray) -> np.ndarray:
+    def _is_sampled(self, fingerprints: np.ndarray) -> np.ndarray:
         bound = np.uint64(2**64 - 1) >> np.uint64(self._halvings)
-        return mix(keys.astype(np.uint64)) <= bound
+        return mix(fingerprints.astype(np.uint64)) <= bound
 
     def _scale(self, factor: float) -> None:
         self._counters *= np.float32(factor)
         self._sample.scale(factor)
         self._sample.keep(self._sample.values >= FORGOTTEN)
 
-    def _counts_of(self, keys: np.ndarray) -> np.ndarray:
-        readings = self._readings(keys).astype(np.float64)
+    def _counts_of(self, fingerprints: np.ndarray) -> np.ndarray:
+        readings = self._readings(fingerprints).astype(np.float64)
         read, log_counts = self._log_counts_by_reading()
         if not len(read):
             return readings
@@ -115,7 +115,7 @@ class FrequencySketch(Frequencies):
         """Distinct readings (K,) of the sample, ascending, and the mean log count (K,) of a draw with each of them."""
         drawn = self._sample.values > 0
         counts = self._sample.values[drawn]
-        read, group = np.unique(self._readings(self._sample.keys[drawn]), return_inverse=True)
+        read, group = np.unique(self._readings(self._sample.fingerprints[drawn]), return_inverse=True)
         draws = np.bincount(group, counts)
         mean = np.bincount(group, counts * np.log(counts)) / draws
         return read.astype(np.float64), isotonic_regression(mean, sample_weight=draws)

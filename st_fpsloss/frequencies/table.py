@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from st_fpsloss.encoding.fingerprints import input_fingerprints
-from st_fpsloss.frequencies.key_counts import KeyCounts
+from st_fpsloss.frequencies.counts import FingerprintCounts
 
 FORGOTTEN = 1 / 16
 """With a half-life, a count below this is as good as none."""
@@ -236,7 +236,7 @@ class FrequencyTable(Frequencies):
 
     def __init__(self, prior: float = 1.0, frozen: bool = False, half_life: float | None = None) -> None:
         super().__init__(prior, frozen, half_life)
-        self._counts = KeyCounts()
+        self._counts = FingerprintCounts()
 
     def __len__(self) -> int:
         return len(self._counts)

@@ -123,7 +123,7 @@ def test_rows_that_do_not_come_any_more_make_room(kind):
         keys = torch.arange(100) + 100 * number + 10**6
         table.update(keys, torch.ones(100))
     assert 4000 <= table._num_distinct() <= 5100  # 1/16 is what four half-lives leave, at 100 rows in 100 draws
-    assert len(table.export_state().get("keys", "")) < 40_000
+    assert len(table.export_state().get("fingerprints", "")) < 40_000
 
 
 @pytest.mark.parametrize("half_life", [None, 3000.0])
@@ -211,7 +211,7 @@ def test_the_table_of_movielens_is_bit_equal_after_a_resume(tmp_path):
     assert resumed.export_state() == straight.export_state()
     for side in ("query", "document"):
         beforehand = FrequencyTable.from_inputs(model, clicks[side][:], side)
-        keys = torch.from_numpy(beforehand._counts.keys)
+        keys = torch.from_numpy(beforehand._counts.fingerprints)
         assert resumed.frequencies[side].total == beforehand.total == 98_114
         assert len(resumed.frequencies[side]) == len(beforehand)
         assert torch.equal(resumed.frequencies[side].log_q(keys), beforehand.log_q(keys))
@@ -316,7 +316,7 @@ def test_counts_of_a_data_set_are_those_of_training_on_it_once(tmp_path):
     loss = FPSLoss(model, log_q="corrected")
     trainer(tmp_path, model=model, loss=loss, dataset=dataset, max_steps=-1, num_train_epochs=1).train()
     beforehand = FrequencyTable.from_inputs(model, dataset["document"], "document")
-    keys = torch.from_numpy(beforehand._counts.keys)
+    keys = torch.from_numpy(beforehand._counts.fingerprints)
     assert beforehand.total == loss.frequencies["document"].total == 64
     assert torch.equal(beforehand.log_q(keys), loss.frequencies["document"].log_q(keys))
     sketch = FrequencySketch.from_inputs(model, dataset["document"], "document", width=1024)

@@ -126,6 +126,23 @@ def test_with_several_answers_mask_estimates_the_softmax_without_the_other_posit
     assert large < 0.02
 
 
+@pytest.mark.parametrize("num_rows", [64, 8192])
+def test_few_queries_of_many_positives_are_warned_of_with_a_form_that_converges(num_rows):
+    generator = torch.Generator().manual_seed(0)
+    asking, answering = (0.6 * torch.randn(size, DIM, generator=generator, dtype=torch.float64) for size in (12, 30))
+    joint = torch.softmax(2 * asking @ answering.T, dim=1) / 12
+    rows = torch.multinomial(joint.flatten(), num_rows, replacement=True, generator=generator)
+    pairs = torch.bincount(rows, minlength=360).view(12, 30) / num_rows
+    log = Log(joint, asking, answering)
+    exact, errors = exact_gradient(log, pairs, without_positives=False), {}
+    for duplicates, form in CORRECTED:
+        loss = loss_of("query_to_doc", duplicates, form)
+        errors[form] = (batch_gradient(loss, log, rows // 30, rows % 30) - exact).norm() / exact.norm()
+        warned = any("of all draws" in warning for warning in loss.training_warnings(loss.batch_statistics()))
+        assert warned == (form == "corrected")
+    assert errors["standard"] < errors["corrected"] / 2
+
+
 def test_known_positives_that_a_batch_lacks_are_no_negatives_of_the_corrected_sum() -> None:
     num_documents, num_known, size = 2000, 600, 64
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Exact counts by key, and arrays as text for JSON."""
+"""Exact counts by fingerprint, and arrays as text for JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 
-class KeyCounts:
-    """One float64 count for each distinct key.
+class FingerprintCounts:
+    """One float64 count for each distinct fingerprint.
 
     Example:
-        >>> counts = KeyCounts()
+        >>> counts = FingerprintCounts()
         >>> counts.add(np.array([7, 9]), np.array([3.0, 1.0]))
         >>> counts.of(np.array([9, 8, 7]))
         array([1., 0., 3.])
@@ -28,27 +28,29 @@ class KeyCounts:
         return len(self._slot_of)
 
     @property
-    def keys(self) -> np.ndarray:
+    def fingerprints(self) -> np.ndarray:
         """(N,) int64, in the order in which they came."""
         return np.fromiter(self._slot_of, dtype=np.int64, count=len(self))
 
     @property
     def values(self) -> np.ndarray:
-        """(N,) float64 counts of :attr:`keys`."""
+        """(N,) float64 counts of :attr:`fingerprints`."""
         return self._counts[: len(self)]
 
-    def add(self, keys: np.ndarray, amounts: np.ndarray) -> None:
-        """Add (N,) amounts to the counts of (N,) int64 keys."""
+    def add(self, fingerprints: np.ndarray, amounts: np.ndarray) -> None:
+        """Add (N,) amounts to the counts of (N,) int64 fingerprints."""
         slot_of = self._slot_of
-        slots = np.fromiter((slot_of.setdefault(key, len(slot_of)) for key in keys.tolist()), np.int64, len(keys))
+        new = (slot_of.setdefault(one, len(slot_of)) for one in fingerprints.tolist())
+        slots = np.fromiter(new, np.int64, len(fingerprints))
         if len(self) > len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(len(self))])
         np.add.at(self._counts, slots, amounts)
 
-    def of(self, keys: np.ndarray) -> np.ndarray:
-        """Counts (N,) of (N,) int64 keys; 0 where there is none."""
-        slots = np.fromiter((self._slot_of.get(key, -1) for key in keys.tolist()), np.int64, len(keys))
-        counts = np.zeros(len(keys))
+    def of(self, fingerprints: np.ndarray) -> np.ndarray:
+        """Counts (N,) of (N,) int64 fingerprints; 0 where there is none."""
+        known = (self._slot_of.get(one, -1) for one in fingerprints.tolist())
+        slots = np.fromiter(known, np.int64, len(fingerprints))
+        counts = np.zeros(len(fingerprints))
         counts[slots >= 0] = self._counts[slots[slots >= 0]]
         return counts
 
@@ -57,20 +59,21 @@ class KeyCounts:
         self._counts *= factor
 
     def keep(self, kept: np.ndarray) -> None:
-        """Forget the keys that are not ``kept``, (N,) bool."""
+        """Forget the fingerprints that are not ``kept``, (N,) bool."""
         if kept.all():
             return
-        keys, values = self.keys[kept], self.values[kept]
-        self._slot_of = {key: slot for slot, key in enumerate(keys.tolist())}
+        fingerprints, values = self.fingerprints[kept], self.values[kept]
+        self._slot_of = {one: slot for slot, one in enumerate(fingerprints.tolist())}
         self._counts = np.concatenate([values, np.zeros(1024)])
 
     def export_state(self) -> dict[str, Any]:
-        """Keys and counts as text, exact to the bit."""
-        return {"keys": encode(self.keys), "counts": encode(self.values)}
+        """Fingerprints and counts as text, exact to the bit."""
+        return {"fingerprints": encode(self.fingerprints), "counts": encode(self.values)}
 
     def import_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`export_state` gave."""
-        self._slot_of = {key: slot for slot, key in enumerate(decode(state["keys"], np.int64).tolist())}
+        stored = decode(state["fingerprints"], np.int64)
+        self._slot_of = {one: slot for slot, one in enumerate(stored.tolist())}
         self._counts = decode(state["counts"], np.float64)
 
 
