@@ -305,9 +305,9 @@ def test_counts_of_a_whole_log_are_found_by_the_rows_of_a_batch(name, prompt):
     expected = torch.tensor([[log.count(document) / 60 for document in batch]]).log()
     torch.testing.assert_close(seen["q"], expected)
     assert table.total == 60 and table.frozen
-    assert by_count.total == table.total and dict(zip(by_count._counts.keys, by_count._counts.values, strict=True)) == {
-        key: value for key, value in zip(table._counts.keys, table._counts.values, strict=True)
-    }
+    assert by_count.total == table.total and dict(
+        zip(by_count._counts.fingerprints, by_count._counts.values, strict=True)
+    ) == {key: value for key, value in zip(table._counts.fingerprints, table._counts.values, strict=True)}
 
 
 def test_counts_of_a_data_set_are_those_of_training_on_it_once(tmp_path):
