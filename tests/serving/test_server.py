@@ -2,6 +2,7 @@ import http.client
 import json
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -105,9 +106,10 @@ def test_removes_with_the_token_and_takes_new_generations(served_model, place, t
     assert post(port, "/add", {"documents": []}, AUTHORISED)[0] == 403
     DocumentIndex.build(served_model, corpus(), folder, columns=["year", "colour"], overwrite=True)
     generation = DocumentIndex.current_generation(folder)
-    for _ in range(600):
-        if json.loads(get(port, "/health")[1])["generation"] == generation:
-            break
+    deadline = time.monotonic() + 120
+    while json.loads(get(port, "/health")[1])["generation"] != generation:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert _results(post(port, "/search", {"query": "blue"}))[0] == best
     assert len(DocumentIndex.load(kept)) == 300
 

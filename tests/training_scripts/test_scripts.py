@@ -56,7 +56,7 @@ def test_texts_are_pretrained_mined_evaluated_and_searched(
 
 
 def test_users_and_items_are_pretrained_and_fine_tuned_on_stars(tmp_path: Path) -> None:
-    metrics = pretrain_users_items.main(["--max_steps", "20", "--output_dir", str(tmp_path / "clicks")])
+    metrics = pretrain_users_items.main(["--max_steps", "60", "--output_dir", str(tmp_path / "clicks")])
     assert metrics["ndcg@10"] > 0.02  # by chance 0.004
     words = ["--model", f"{tmp_path}/clicks/model", "--max_steps", "20", "--output_dir", str(tmp_path / "rated")]
     before, after = finetune_grades.main(words)
