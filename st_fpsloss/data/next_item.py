@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from st_fpsloss.data.group_by_user import GroupedByUser, group_by_user, id_column
+from st_fpsloss.utils.checks import positive_int
 
 # Pairs whose histories are joined together.
 _BATCH_PAIRS = 10_000
@@ -41,7 +42,7 @@ def next_item_pairs(log: Dataset, user: str, item: str, time: str, max_history: 
         >>> next_item_pairs(log, user="user", item="item", time="time", max_history=50)[:]
         {'query': ['5', '5 6'], 'document': ['6', '7']}
     """
-    _check_max_history(max_history)
+    positive_int("max_history", max_history)
     rows = group_by_user(log, user, time)
     items = _items_in_order(log, item, rows)
     stop = np.arange(len(rows.order))
@@ -88,7 +89,7 @@ def histories(log: Dataset, user: str, item: str, time: str, max_history: int) -
         >>> histories(log, user="user", item="item", time="time", max_history=2)
         {1: '6 7', 2: '8'}
     """
-    _check_max_history(max_history)
+    positive_int("max_history", max_history)
     rows = group_by_user(log, user, time)
     items = _items_in_order(log, item, rows)
     texts = _joined(items, np.maximum(rows.starts, rows.stops - max_history), rows.stops)
@@ -125,7 +126,7 @@ def next_item_windows(log: Dataset, user: str, item: str, time: str, max_history
         >>> next_item_windows(log, user="user", item="item", time="time", max_history=2)[:]
         {'user': [1, 1], 'items': [['5', '6'], ['6', '7', '8']]}
     """
-    _check_max_history(max_history)
+    positive_int("max_history", max_history)
     rows = group_by_user(log, user, time)
     items = _items_in_order(log, item, rows)
     num_targets = rows.stops - rows.starts - 1
@@ -138,11 +139,6 @@ def next_item_windows(log: Dataset, user: str, item: str, time: str, max_history
     start = np.maximum(rows.starts[of_user], stop - max_history - 1)
     table = pa.table({"user": pa.array(rows.users).take(pa.array(of_user)), "items": _lists(items, start, stop)})
     return Dataset(table.cast(pa.schema([table.schema.field("user"), pa.field("items", pa.list_(pa.string()))])))
-
-
-def _check_max_history(max_history: int) -> None:
-    if isinstance(max_history, bool) or not isinstance(max_history, int) or max_history < 1:
-        raise ValueError(f"max_history={max_history!r} has to be a whole number of at least 1, such as 50.")
 
 
 def _items_in_order(log: Dataset, item: str, rows: GroupedByUser) -> pa.Array:

@@ -10,6 +10,7 @@ from sklearn.isotonic import isotonic_regression
 
 from st_fpsloss.frequencies.counts import FingerprintCounts, decode, encode
 from st_fpsloss.frequencies.table import FORGOTTEN, Frequencies
+from st_fpsloss.utils.checks import positive_int
 from st_fpsloss.utils.hashing import mix
 
 _SALT = np.uint64(0x9E3779B97F4A7C15)
@@ -61,11 +62,8 @@ class FrequencySketch(Frequencies):
         half_life: float | None = None,
     ) -> None:
         super().__init__(prior, frozen, half_life)
-        for name, value in (("width", width), ("depth", depth)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        self.width = width
-        self.depth = depth
+        self.width = positive_int("width", width)
+        self.depth = positive_int("depth", depth)
         # Counts above 2^24 are rounded. An addition is lost only where a row has 2^24 times the draws of one batch.
         self._counters = np.zeros(width * depth, dtype=np.float32)
         self._sample = FingerprintCounts()

@@ -39,6 +39,7 @@ from st_fpsloss.losses.checks import (
     similarity_of,
 )
 from st_fpsloss.losses.diagnostics import DiagnosedLoss
+from st_fpsloss.utils.checks import positive_int
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ class ClickLoss(DiagnosedLoss, ABC):
         check_choice("duplicates", duplicates, get_args(Duplicates))
         if known_positives is not None and duplicates == "keep":
             raise ValueError("`known_positives` needs `duplicates='mask'`: 'keep' masks nothing.")
-        if mini_batch_num_tokens is not None and mini_batch_num_tokens < 1:
-            raise ValueError(f"`mini_batch_num_tokens` must be at least 1 or None, got {mini_batch_num_tokens!r}.")
+        if mini_batch_num_tokens is not None:
+            mini_batch_num_tokens = positive_int("mini_batch_num_tokens", mini_batch_num_tokens)
         self.relevance = relevance
         self.duplicates = duplicates
         self.known_positives = None if known_positives is None else KnownPositives(model, known_positives)

@@ -15,6 +15,7 @@ from st_fpsloss.batch.statistics import has_in_batch_negatives
 from st_fpsloss.encoding.rows import TokenizedRows
 from st_fpsloss.losses.checks import check_choice
 from st_fpsloss.objectives.pairwise import InBatchPairs, hardest_negatives
+from st_fpsloss.utils.checks import positive_int
 
 Negatives = Literal["explicit", "in_batch"]
 
@@ -38,8 +39,8 @@ class NegativeStrategy:
 
     def __post_init__(self) -> None:
         check_choice("negatives", self.negatives, (None, *get_args(Negatives)))
-        if self.hardest is not None and (not isinstance(self.hardest, int) or self.hardest < 1):
-            raise ValueError(f"`hardest` must be a whole number of at least 1, or None for all, got {self.hardest!r}.")
+        if self.hardest is not None:
+            positive_int("hardest", self.hardest)
         if self.hardest is not None and self.semi_hard:
             raise ValueError(
                 "`hardest` and `semi_hard` are two ways to choose in-batch negatives: pass one. The hardest are those "

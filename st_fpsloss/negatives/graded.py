@@ -7,6 +7,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from st_fpsloss.data.inputs import canonical_strings, check_columns, factorize
+from st_fpsloss.utils.checks import positive_int
 
 
 def graded_pairs(
@@ -55,8 +56,8 @@ def graded_pairs(
     check_columns(judgements, [query, document, grade], argument="judgements")
     if not min_difference >= 0:
         raise ValueError(f"`min_difference` must not be negative, got {min_difference!r}.")
-    if max_pairs is not None and (not isinstance(max_pairs, int) or max_pairs < 1):
-        raise ValueError(f"`max_pairs` must be a whole number of at least 1, or None for all, got {max_pairs!r}.")
+    if max_pairs is not None:
+        positive_int("max_pairs", max_pairs)
     grades = _grades(judgements, grade)
     of_row, _ = factorize(canonical_strings(judgements, query))
     better, worse = _pairs(of_row, grades, min_difference)

@@ -28,6 +28,7 @@ from st_fpsloss.encoding.rows import row_fingerprints
 from st_fpsloss.frequencies.table import FrequencyTable
 from st_fpsloss.negatives.hard import HARD_NEGATIVES, mine_hard_negatives
 from st_fpsloss.negatives.sampler import NegativeSampler, Pools
+from st_fpsloss.utils.checks import positive_int
 
 __all__ = ["ResampleNegatives", "mine_hard_negatives", "mixture_frequencies", "resample", "with_negatives"]
 
@@ -377,8 +378,7 @@ def _sampler(
 
 
 def _check_numbers(num_negatives: int, num_hard: int, power: float, seed: int) -> None:
-    if not isinstance(num_negatives, int) or num_negatives < 1:
-        raise ValueError(f"`num_negatives` must be a whole number of at least 1, got {num_negatives!r}.")
+    positive_int("num_negatives", num_negatives)
     if not isinstance(num_hard, int) or not 0 <= num_hard <= num_negatives:
         raise ValueError(f"`num_hard` must be a whole number from 0 to `num_negatives`, got {num_hard!r}.")
     if not 0 <= power < float("inf"):

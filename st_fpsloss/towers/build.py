@@ -16,7 +16,6 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from torch import nn
 
-from st_fpsloss.towers.checks import positive_int
 from st_fpsloss.towers.encoder import Encoder, embedding_size, freeze_unused_parameters, load_encoder
 from st_fpsloss.towers.features.kinds import DocumentHistory, Feature
 from st_fpsloss.towers.modules.document_bias import BiasDimension, DocumentBias
@@ -24,6 +23,7 @@ from st_fpsloss.towers.modules.feature_encoders import FeatureFusion
 from st_fpsloss.towers.modules.feature_input import FeatureInput
 from st_fpsloss.towers.start import start_linear, starting_bases
 from st_fpsloss.towers.tower import Tower
+from st_fpsloss.utils.checks import positive_int
 
 SIMILARITIES = ("dot", "cosine")
 

@@ -16,8 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from st_fpsloss.towers.checks import positive_int, probability
 from st_fpsloss.towers.encoder import freeze_unused_parameters
+from st_fpsloss.utils.checks import positive_int, probability
 
 _PAD, _UNKNOWN, _START = "[PAD]", "[UNK]", "[CLS]"
 _SPECIAL_TOKENS = (_PAD, _UNKNOWN, _START)

@@ -11,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import InputModule, Pooling, StaticEmbedding, Transformer
 from torch import nn
 
-from st_fpsloss.towers.checks import positive_int, probability
 from st_fpsloss.towers.features.kinds import Feature, checked_features
+from st_fpsloss.utils.checks import positive_int, probability
 
 
 @dataclass(frozen=True, eq=False)

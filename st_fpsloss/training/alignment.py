@@ -18,10 +18,10 @@ from sentence_transformers.sentence_transformer.modules import Dense, StaticEmbe
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, normalize, softmax
 
-from st_fpsloss.towers.checks import positive_int
 from st_fpsloss.towers.encoder import stay_in_eval_mode
 from st_fpsloss.towers.modules.document_bias import BiasDimension
 from st_fpsloss.towers.start import carried_rank, start_linear
+from st_fpsloss.utils.checks import positive_int
 
 logger = logging.getLogger(__name__)
 

@@ -237,7 +237,7 @@ def wrong_batch(columns=None, labels=None):
         (lambda: FPSLoss(MODEL, similarity="manhattan"), "'dot' or 'cosine', got 'manhattan'"),
         (lambda: FPSLoss(MODEL, scale=0.0), "`scale` must be above 0"),
         (lambda: FPSLoss(MODEL, scale=200.0), "`max_scale` = 100.0"),
-        (lambda: FPSLoss(MODEL, mini_batch_num_tokens=0), "`mini_batch_num_tokens`"),
+        (lambda: FPSLoss(MODEL, mini_batch_num_tokens=0), "mini_batch_num_tokens=0 must"),
         (lambda: wrong_batch(labels=torch.tensor([1.0, float("nan"), 1.0, 1.0])), "row 1 of the batch has nan"),
         (lambda: wrong_batch(labels=torch.ones(3)), r"shape \(4,\)"),
         (lambda: wrong_batch(columns=lambda c: c[:1]), "needs at least the columns query and document"),

@@ -115,8 +115,8 @@ def test_a_batch_without_positives_or_without_negatives_has_loss_zero_connected_
     ("call", "message"),
     [
         (lambda: PairCELoss(MODEL, negatives="random"), "`negatives` must be one of None, 'explicit', 'in_batch'"),
-        (lambda: PairCELoss(MODEL, hardest=0), "`hardest` must be a whole number of at least 1"),
-        (lambda: PairCELoss(MODEL, hardest=0.5), "`hardest`"),
+        (lambda: PairCELoss(MODEL, hardest=0), "hardest=0 must be a whole number of at least 1"),
+        (lambda: PairCELoss(MODEL, hardest=0.5), "hardest=0.5 must"),
         (lambda: PairCELoss(MODEL, hardest=1, negatives="explicit"), "pass `negatives='in_batch'`"),
         (lambda: TripletLoss(MODEL, hardest=1, semi_hard=True), "pass one"),
         (lambda: TripletLoss(MODEL, margin=0.0), "`margin` must be a finite number above 0, got 0.0"),

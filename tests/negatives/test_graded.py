@@ -115,7 +115,7 @@ def test_ratings_train_pair_ce(tmp_path):
             "row 0 of the column 'grade' holds no finite number",
         ),
         (lambda: graded_pairs(judgements(9, 0), min_difference=-1), "`min_difference`"),
-        (lambda: graded_pairs(judgements(9, 0), max_pairs=0), "`max_pairs`"),
+        (lambda: graded_pairs(judgements(9, 0), max_pairs=0), "max_pairs=0 must"),
         (lambda: graded_pairs(judgements(9, 0), min_difference=10), "nothing to compare"),
     ],
 )

@@ -270,7 +270,7 @@ def test_without_a_callback_it_warns_once_that_every_epoch_is_the_same(caplog):
         (lambda: with_negatives(log().to_dict()), "must be a datasets.Dataset, got dict"),
         (lambda: with_negatives(log(), document="doc"), "no column 'doc'; its columns are"),
         (lambda: with_negatives(log().select([])), "is empty"),
-        (lambda: with_negatives(log(), 0), "`num_negatives` must be a whole number of at least 1, got 0"),
+        (lambda: with_negatives(log(), 0), "num_negatives=0 must be a whole number of at least 1"),
         (lambda: with_negatives(log(), power=-1), "`power` must not be negative"),
         (lambda: with_negatives(log(), seed=-1), "`seed`"),
         (lambda: with_negatives(log(), num_hard=1), "no column 'hard_negatives'"),

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from st_fpsloss.towers.checks import positive_int, probability
 from st_fpsloss.towers.features.base import Feature, check_name
 from st_fpsloss.towers.features.ids import padded
 from st_fpsloss.towers.features.values import plain
+from st_fpsloss.utils.checks import positive_int, probability
 
 POOLINGS = ("last", "mean", "recency")
 

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from st_fpsloss.towers.checks import positive_int, probability
 from st_fpsloss.towers.features.base import Feature, check_name, each_value
 from st_fpsloss.towers.features.values import bucket, categories, category
+from st_fpsloss.utils.checks import positive_int, probability
 
 MISSING_ID, UNKNOWN_ID = 0, 1
 """Ids that every id feature has, before those of its vocabulary or buckets; 0 is also what fills up lists."""

@@ -1,4 +1,4 @@
-"""Checks of arguments that the declarations of towers share."""
+"""Checks of arguments: each a ValueError that names the argument, the value and the cure."""
 
 from __future__ import annotations
 
