@@ -19,6 +19,7 @@ from st_fpsloss.cli.benchmark.report import write_report
 from st_fpsloss.cli.benchmark.task import make_task
 from st_fpsloss.cli.benchmark.verdict import give_verdict
 from st_fpsloss.data import load_clicks
+from st_fpsloss.evaluation import paired_difference
 from st_fpsloss.towers import id_embedding
 from tests.cli.conftest import run, write
 
@@ -226,3 +227,16 @@ def test_dicts_without_text_are_refused_unless_they_are_users_and_items(tmp_path
     with pytest.raises(ValueError, match=r'some inputs have no "text"\. Pass --user_items'):
         dataset = write(tmp_path / "log.jsonl", rows)
         run("benchmark", "--dataset", dataset, "--encoder", encoder, "--output_dir", tmp_path / "out")
+
+
+def test_a_difference_that_few_rankings_show_by_chance_is_no_yes() -> None:
+    """On 29 rankings, of which 4 differ: the interval of 95% leaves out 0, that of 99% does not."""
+    base, gain = np.linspace(0.3, 0.7, 29), np.r_[np.full(4, 0.2), np.zeros(25)]
+
+    def result(name: str, values: np.ndarray) -> Result:
+        metrics = {"ndcg@10": values.tolist()}
+        return {"contender": name, "metrics": metrics, "curve": [], "cold": {}, "seconds": {"learning": 1.0}}
+
+    assert paired_difference(base + gain, base)[1] > 0
+    results = [result("popularity", 0 * base), result("EASE", base), result("FPSLoss", base + gain)]
+    assert give_verdict(results).headline == "No: EASE is as good as FPSLoss: the difference is within the interval."

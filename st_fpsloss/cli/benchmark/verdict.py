@@ -13,16 +13,18 @@ from st_fpsloss.evaluation import paired_difference
 
 METRIC = "ndcg@10"
 _FEW_QUERIES = 300
-_SURE = 0.99  # of several comparisons with popularity one is soon outside of 95% by chance
+# Of several comparisons with popularity one is soon outside of 95% by chance; so is one difference of few rankings.
+_SURE = 0.99
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference on the same queries, and its 95% interval."""
+    """A mean difference on the same queries, and its interval."""
 
     mean: float
     low: float
     high: float
+    confidence: float = 0.95
 
     @property
     def sign(self) -> int:
@@ -30,7 +32,7 @@ class Difference:
         return int(self.low > 0) - int(self.high < 0)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} (95% interval {self.low:+.4f} to {self.high:+.4f})"
+        return f"{self.mean:+.4f} ({self.confidence:.0%} interval {self.low:+.4f} to {self.high:+.4f})"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def mean_of(result: Result, metric: str = METRIC) -> float:
 
 def difference(result: Result, other: Result, metric: str = METRIC, confidence: float = 0.95) -> Difference:
     """What a contender has more than another one."""
-    return Difference(*paired_difference(result["metrics"][metric], other["metrics"][metric], confidence=confidence))
+    values, others = result["metrics"][metric], other["metrics"][metric]
+    return Difference(*paired_difference(values, others, confidence=confidence), confidence)
 
 
 def best_of_others(results: Sequence[Result]) -> Result | None:
@@ -65,13 +68,14 @@ def give_verdict(results: Sequence[Result]) -> Verdict:
 
     Returns:
         The verdict: "yes" where FPSLoss is better than the best of the others, with a 95% interval of the paired
-        difference that leaves out 0.
+        difference that leaves out 0 (99% where the test has few rankings).
     """
     ours = next((result for result in results if result["contender"] == OURS), None)
     best = best_of_others(results)
     if ours is None or best is None:
         return Verdict(None, "Not finished: start the same command again, and it goes on where it was.", [])
-    by = difference(ours, best)
+    few = len(ours["metrics"][METRIC]) < _FEW_QUERIES
+    by = difference(ours, best, confidence=_SURE if few else 0.95)
     name = best["contender"]
     figures = f"NDCG@10 is {mean_of(ours):.4f} against {mean_of(best):.4f}"
     learned = _beat_popularity(results)
@@ -94,7 +98,7 @@ def give_verdict(results: Sequence[Result]) -> Verdict:
     sentences += _about_training(results, ours, best) if learned and by.sign <= 0 else []
     sentences += _about_cold(ours, best) if learned else []
     sentences += _about_curves(results) if learned else []
-    if len(ours["metrics"][METRIC]) < _FEW_QUERIES:
+    if few:
         sentences.append(f"The test has {len(ours['metrics'][METRIC])} rankings only: the intervals are wide.")
     return Verdict(bool(learned) and by.sign > 0, headline, sentences)
 
