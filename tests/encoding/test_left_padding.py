@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from st_fpsloss import FPSLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
+from st_fpsloss import FPSLoss, FullSoftmaxLoss, PairCELoss, SampledSoftmaxLoss, SigmoidLoss, TripletLoss
 from st_fpsloss.encoding.plan import BatchPlan
 from st_fpsloss.encoding.rows import TokenizedRows
 from tests.encoding.tiny_models import tiny_encoder, tiny_two_tower
@@ -73,6 +73,32 @@ def test_left_right_and_no_padding_give_equal_losses_and_gradients(models, kind,
             value.backward()
             torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
             assert (gradients(padded, None) - plain).norm() < 1e-5 * plain.norm()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "modernbert"])
+def test_the_softmax_over_a_corpus_is_the_same_whatever_the_padding(models, kind):
+    queries, documents, negatives = columns()
+    corpus = list(dict.fromkeys([*negatives, *documents]))
+
+    def plain(model: SentenceTransformer) -> torch.Tensor:
+        u, w = (
+            torch.stack([model(model.preprocess([text], task=task))["sentence_embedding"][0] for text in texts])
+            for task, texts in (("query", queries), ("document", corpus))
+        )
+        return torch.nn.functional.cross_entropy(u @ w.T, torch.tensor([corpus.index(text) for text in documents]))
+
+    model = models[kind, "right"]
+    model.zero_grad()
+    expected = plain(model)
+    expected.backward()
+    wanted = gradients(model, None)  # type: ignore[arg-type]
+    for side, mode in product(("left", "right"), MODES):
+        padded = models[kind, side]
+        padded.zero_grad()
+        value = FullSoftmaxLoss(padded, corpus, scale=1.0, **mode)(padded_features(padded)[:2])
+        value.backward()
+        torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+        assert (gradients(padded, None) - wanted).norm() < 1e-5 * wanted.norm()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean", "cls", "max", "weightedmean"])

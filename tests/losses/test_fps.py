@@ -7,7 +7,10 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from sentence_transformers import CrossEncoder, SparseEncoder
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, Matryoshka2dLoss, MatryoshkaLoss
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from st_fpsloss import FPSLoss
 from st_fpsloss.frequencies.table import FrequencyTable
@@ -282,9 +285,16 @@ def test_losses_that_cut_layers_are_refused(wrapper, minilm):
         wrapper(model, *arguments)(clicks(model, 3)[0](), None)
 
 
-def test_a_model_of_another_kind_is_refused():
+def test_a_model_of_another_kind_is_refused(minilm, tmp_path):
     with pytest.raises(ValueError, match=r"`model` must be a SentenceTransformer.*got a Linear"):
         FPSLoss(torch.nn.Linear(2, 2))
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    shape = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1)
+    BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for model in (CrossEncoder(str(tmp_path)), SparseEncoder(modules=[SparseStaticEmbedding(tokenizer)])):
+        with pytest.raises(ValueError, match=f"got a {type(model).__name__}.*take those of sentence-transformers"):
+            FPSLoss(model)
 
 
 @pytest.mark.parametrize("options", [dict(scale=float("inf")), dict(max_scale=float("inf")), dict(bias=float("nan"))])
