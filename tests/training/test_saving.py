@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,9 +32,22 @@ def two_models() -> tuple[SentenceTransformer, SentenceTransformer]:
     return first, second
 
 
+def saved_before(models, folder: Path) -> list[dict[str, bytes]]:
+    """What models leave in a folder from their second save on: the first, making a card, changes the tokenizer."""
+    found = []
+    for number, model in enumerate(models):
+        for _ in range(2):
+            model.save_pretrained(str(folder / str(number)))
+        found.append(without_card(contents(folder / str(number))))
+    return found
+
+
 def save_for_ever(path: str, ready: multiprocessing.synchronize.Event) -> None:
     torch.set_num_threads(1)
-    for number, model in enumerate(itertools.cycle(two_models())):
+    models = two_models()
+    with tempfile.TemporaryDirectory() as folder:
+        saved_before(models, Path(folder))
+    for number, model in enumerate(itertools.cycle(models)):
         save_model(model, path)
         if number == 1:
             ready.set()
@@ -46,10 +60,7 @@ def without_card(files):
 
 
 def test_a_process_that_is_killed_leaves_the_old_model_or_the_new_one(tmp_path):
-    expected = []
-    for number, model in enumerate(two_models()):
-        model.save_pretrained(str(tmp_path / f"expected {number}"))
-        expected.append(without_card(contents(tmp_path / f"expected {number}")))
+    expected = saved_before(two_models(), tmp_path)
     path = tmp_path / "saved" / "model"
     path.mkdir(parents=True)
     (path / "notes.txt").write_text("mine")
