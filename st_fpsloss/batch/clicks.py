@@ -131,6 +131,7 @@ class _ColumnFrequencies:
 
     @staticmethod
     def count(columns: Tensor, log_q: Tensor | None, num_candidates: int, dtype: torch.dtype) -> _ColumnFrequencies:
+        """Count the columns (any shape, -1 where a row was not encoded) of each candidate, and average its Q."""
         encoded = columns >= 0
         index = columns[encoded]
         count_of = torch.bincount(index, minlength=num_candidates).to(dtype)

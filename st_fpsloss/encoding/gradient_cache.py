@@ -192,6 +192,7 @@ class _AutocastState:
         self._dtype = torch.get_autocast_dtype(device_type)
 
     def restored(self, cache: bool) -> AbstractContextManager[None]:
+        """Autocast as it was; ``cache`` keeps the cast weights within the context."""
         return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._enabled, cache_enabled=cache)
 
 

@@ -46,7 +46,6 @@ class TwoTowerModelCardData(SentenceTransformerModelCardData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.template_path = Path(__file__).parent / "template.md"
-        self.pipeline_tag = "sentence-similarity"
         self.add_tags(list(_TAGS))
 
     def get_default_model_name(self) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from st_fpsloss.utils.files import write_whole
-
-logger = logging.getLogger(__name__)
 
 
 def can_draw() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -14,8 +13,6 @@ from sentence_transformers import SentenceTransformer
 from st_fpsloss.data.inputs import is_positive
 from st_fpsloss.model_card.card import TwoTowerModelCardData, use_two_tower_card
 from st_fpsloss.model_card.statistics import click_statistics
-
-logger = logging.getLogger(__name__)
 
 NUM_PAIRS = 12
 """Clicks in the picture of the softmax."""

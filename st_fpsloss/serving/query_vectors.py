@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -12,8 +11,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-
-logger = logging.getLogger(__name__)
 
 _Waiting = tuple[bytes, Any, "Future[np.ndarray]"]
 
